@@ -1,0 +1,874 @@
+"""LLaVA-1.5: a picture and a question in, an answer out.
+
+    input_ids (B, T) --embed_tokens--------------------------------------+
+                                                                         v
+    pixel_values (N, 3, S, S) --CLIP (vision.py)--> (N, P, Dv) --MLP--> (B, T, D) --Llama--> logits (B, T, V)
+
+The picture's P features, projected to the width D of the word embeddings, take the places of the P `<image>` tokens in
+the prompt. From there on the decoder treats them like words. This file has the projector, the Llama decoder with its
+cache, generation, the processor that makes the inputs, and the command line:
+
+    python llava.py --model FOLDER --image photo.jpg "What is shown here?"
+
+Sources: LLaVA-1.5 (arXiv 2310.03744), Llama 2 (arXiv 2307.09288) and, for names, defaults and the order of roundings,
+transformers' modeling_llava.py and modeling_llama.py. Parameter names are those of the checkpoints.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
+from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, LlamaTokenizer
+from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
+
+
+@dataclass
+class LlamaConfig:
+    """The shape of the decoder; the defaults are transformers', the values of the 7B and 13B models stand behind them."""
+
+    model_type: str = "llama"  # "mistral" is the same network with grouped keys
+    vocab_size: int = 32000  # 32064: 32002 tokens and some rows that nobody uses
+    hidden_size: int = 4096  # 4096 and 5120
+    intermediate_size: int = 11008  # 11008 and 13824
+    num_hidden_layers: int = 32  # 32 and 40
+    num_attention_heads: int = 32  # 32 and 40
+    num_key_value_heads: int | None = None  # None: as many as attention heads; BakLLaVA has 8
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048  # 4096
+    sliding_window: int | None = None  # Mistral's; contexts are kept within it, so that it never matters
+    rms_norm_eps: float = 1e-6  # 1e-5
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+
+    def __post_init__(self) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and answer together, that the model can work with."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
+
+
+@dataclass
+class LlavaConfig:
+    """The whole model: the shapes of its two towers and how they are joined."""
+
+    vision_config: CLIPVisionConfig
+    text_config: LlamaConfig
+    image_token_id: int = 32000
+    vision_feature_layer: int | list[int] = -2  # hidden states of the vision tower; several are put side by side
+    vision_feature_select_strategy: str = "default"  # drops CLS; "full" keeps it
+    projector_hidden_act: str = "gelu"
+    multimodal_projector_bias: bool = True
+    tie_word_embeddings: bool = False
+    eos_token_id: list[int] = field(default_factory=lambda: [2])
+    pad_token_id: int = 2
+    dtype: str | None = None  # in which the weights are stored
+
+    @classmethod
+    def from_dict(cls, config: dict) -> Self:
+        """Takes the fields it knows out of what `load.read_config` returns."""
+
+        def known(cls: type, config: dict) -> dict:
+            return {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
+
+        parts = {
+            "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, config["vision_config"])),
+            "text_config": LlamaConfig(**known(LlamaConfig, config["text_config"])),
+        }
+        return cls(**known(cls, config) | parts)
+
+    @property
+    def feature_layers(self) -> list[int]:
+        """vision_feature_layer as a list."""
+        return [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
+
+    @property
+    def image_seq_length(self) -> int:
+        """P: how many tokens an image becomes."""
+        patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
+        return patches + (self.vision_feature_select_strategy == "full")
+
+    def to_dict(self) -> dict:
+        """As transformers writes it to config.json."""
+        config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **dataclasses.asdict(self)}
+        config["image_token_index"] = config.pop("image_token_id")
+        config["vision_config"]["model_type"] = "clip_vision_model"
+        config["text_config"]["tie_word_embeddings"] = self.tie_word_embeddings
+        return config
+
+
+# The decoder: Llama, from the leaves to the root
+
+
+class LlamaRMSNorm(nn.Module):
+    """Scales each vector to a root mean square of 1 and then each channel by a learned weight (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> the same shape; in float32, and rounded to the dtype of x before the weight comes in."""
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_frequencies(config: LlamaConfig) -> Tensor:
+    """The angle per position by which RoPE (arXiv 2104.09864) turns each pair of channels: (Dh / 2,), float32.
+
+    "linear" scaling slows all of them down by a factor. "llama3" slows down only those that turn less than
+    `low_freq_factor` times within the original context, leaves those that turn more than `high_freq_factor` times as
+    they are, and blends in between.
+    """
+    rope = config.rope_parameters
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
+    frequencies = 1.0 / rope["rope_theta"] ** exponents
+    if rope["rope_type"] == "linear":
+        return frequencies / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return kept * frequencies + (1 - kept) * frequencies / rope["factor"]
+    return frequencies
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class KVCache:
+    """The keys and values of all tokens so far, in memory that is taken once. The state of one conversation.
+
+    Args:
+        config: of the decoder.
+        batch_size: B.
+        max_length: how many tokens there is room for.
+        dtype, device: those of the model.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (layers, B, Hkv, max_length, Dh)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0  # tokens held so far
+        self.padding: Tensor | None = None  # (B,): how many of them, on the left, are padding
+
+    @property
+    def max_length(self) -> int:
+        return self.keys.shape[3]
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds one layer's keys and values (B, Hkv, T, Dh); returns all of that layer (B, Hkv, length + T, Dh)."""
+        end = self.length + k.shape[2]
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Goes on with these rows of the batch (in ascending order) and forgets the others."""
+        for target, source in enumerate(rows):
+            if target != source:
+                self.keys[:, target, :, : self.length] = self.keys[:, source, :, : self.length]
+                self.values[:, target, :, : self.length] = self.values[:, source, :, : self.length]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
+        self.padding = None if self.padding is None else self.padding[rows]
+
+
+class LlamaAttention(nn.Module):
+    """Causal self-attention in which G = H / Hkv query heads share one head of keys and values."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.head_dim, self.groups = config.head_dim, config.num_key_value_heads
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> the same shape; `mask` is what `causal_mask` returns."""
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or Hkv, T, Dh)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer_idx, k, v)  # (B, Hkv, S, Dh)
+        if x.shape[1] == 1:
+            # A single token sees everything, so the heads of a group can stand as rows before their shared keys.
+            x = F.scaled_dot_product_attention(q.view(len(q), self.groups, -1, self.head_dim), k, v, attn_mask=mask)
+            return self.o_proj(x.reshape(len(x), 1, -1))
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o_proj(x.transpose(1, 2).flatten(2))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): one half of the hidden layer gates the other."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> the same shape"""
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaDecoderLayer(nn.Module):
+    """A pre-norm transformer block: attention, then the MLP, each added to what came in."""
+
+    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer_idx)
+        self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """(B, T, D) -> the same shape"""
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def causal_mask(length: int, start: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """What `length` new tokens after `start` cached ones may see, in the cheapest form that says it.
+
+    Without padding nothing has to be spelled out, and attention can take its flash kernels: None means "causal" for a
+    whole prompt and "everything" for a single token, and for several tokens after a prefix there is a description of
+    the lower-right triangle. Only a padded batch needs a mask tensor, (B, 1, T, S), True where a token may look.
+    """
+    if padding is None:
+        return causal_lower_right(length, start + length) if start > 0 and length > 1 else None
+    keys = torch.arange(start + length, device=device)  # (S,)
+    queries = keys[start:, None]  # (T, 1)
+    seen = (keys <= queries) & (keys >= padding[:, None, None])  # (B, T, S)
+    return (seen | (keys == queries))[:, None]  # a padding token sees itself, since softmax needs something to weigh
+
+
+class LlamaModel(nn.Module):
+    """The decoder without its head."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.frequencies = rope_frequencies(config)  # not a buffer, or model.bfloat16() would round the angles
+
+    def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
+        """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head; `padding` (B,) counts from the left."""
+        start, length = cache.length if cache else 0, x.shape[1]
+        positions = torch.arange(start, start + length, device=x.device)  # (T,)
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
+        self.frequencies = self.frequencies.to(x.device)
+        angles = positions[..., None] * self.frequencies.repeat(2)  # (T, Dh) or (B, 1, T, Dh)
+        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        mask = causal_mask(length, start, padding, x.device)
+        for layer in self.layers:
+            x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
+            cache.length += length
+        return self.norm(x)
+
+
+class LlamaForCausalLM(nn.Module):
+    """The decoder and its head, which turns a hidden state into a logit for each token of the vocabulary."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.model = LlamaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+
+# LLaVA
+
+
+class LlavaMultiModalProjector(nn.Module):
+    """The two-layer MLP that brings image features into the space of the word embeddings."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        width_in = config.vision_config.hidden_size * len(config.feature_layers)
+        width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(width_in, width, bias=bias)
+        self.act = ACTIVATIONS[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, P, Dv) -> (N, P, D)"""
+        return self.linear_2(self.act(self.linear_1(x)))
+
+
+class LlavaOutput(NamedTuple):
+    """What the model returns."""
+
+    logits: Tensor  # (B, T, V), or fewer positions where fewer were asked for
+
+
+class LlavaForConditionalGeneration(nn.Module):
+    """The whole model: vision tower, projector, decoder."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = CLIPVisionModel(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Lets the head and the word embeddings be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.language_model.lm_head.weight = self.language_model.model.embed_tokens.weight
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Self:
+        """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
+
+        Args:
+            name: the folder, or a name such as "llava-hf/llava-1.5-7b-hf".
+            dtype: of the weights in memory. None takes float32 on a CPU, which computes 16 bits slowly, and elsewhere
+                the dtype of the checkpoint.
+            device: where the model is to run.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or wrong; the message says which and what to do.
+        """
+        folder, device = find_folder(name), torch.device(device)
+        config = LlavaConfig.from_dict(read_config(folder))
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype or "float32")
+        with torch.device("meta"):  # a model with shapes but no memory
+            model = cls(config)
+        load_weights(model, folder, dtype, device)
+        model.tie_weights()
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, generation_config.json and the weights so that transformers, and this file, load them."""
+        config = self.config.to_dict() | {"dtype": str(self.dtype).removeprefix("torch.")}
+        generation = {
+            "bos_token_id": 1,
+            "eos_token_id": self.config.eos_token_id,
+            "pad_token_id": self.config.pad_token_id,
+        }
+        save_weights(self, Path(folder), config, generation)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.language_model.model.embed_tokens.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.language_model.model.embed_tokens.weight.device
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """pixel_values (N, 3, S, S) -> what the decoder sees of them (N, P, D)."""
+        config = self.config
+        features = self.vision_tower(pixel_values, config.vision_feature_layer, config.vision_feature_select_strategy)
+        return self.multi_modal_projector(features)
+
+    def get_input_embeddings(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+        """Word embeddings with the image features in the places of the `<image>` tokens: (B, T) -> (B, T, D).
+
+        Raises:
+            ValueError: there are not P image tokens for each image.
+        """
+        embeddings = self.language_model.model.embed_tokens(input_ids)
+        if pixel_values is None:
+            return embeddings
+        features = self.get_image_features(pixel_values)  # (N, P, D)
+        is_image = input_ids == self.config.image_token_id  # (B, T)
+        if is_image.sum() != features.shape[0] * features.shape[1]:
+            raise ValueError(
+                f"{int(is_image.sum())} image tokens stand in the prompt, but {features.shape[0]} images have "
+                f"{features.shape[0] * features.shape[1]} features: the processor writes {features.shape[1]} for each"
+            )
+        return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int | Tensor = 0,
+    ) -> LlavaOutput:
+        """One pass through the model.
+
+        Args:
+            input_ids: (B, T), with P `<image>` tokens for each image; after a cached prefix, only what is new.
+            pixel_values: (N, 3, S, S), the images in the order of their tokens.
+            attention_mask: (B, T), 0 for padding on the left. (Padding on the right needs no mask: no token sees it.)
+            cache: takes up the keys and values of these tokens; attention reaches back to all that it holds.
+            logits_to_keep: run the head on the last n positions only, or on those where a (B, T) mask is True, which
+                gives logits (M, V). 0 means all.
+
+        Raises:
+            ValueError: the image tokens do not fit the images, or the mask has holes.
+        """
+        padding = cache.padding if cache else None
+        if attention_mask is not None and (cache is None or cache.length == 0):
+            padding = left_padding(attention_mask)
+            if cache is not None:
+                cache.padding = padding
+        hidden = self.language_model.model(self.get_input_embeddings(input_ids, pixel_values), cache, padding)
+        hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[logits_to_keep]
+        return LlavaOutput(self.language_model.lm_head(hidden))
+
+    def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
+        """All of `generate_stream`, which has the arguments: the prompt and the answer, (B, T + new)."""
+        new = list(self.generate_stream(input_ids, *args, **kwargs))
+        return torch.cat([input_ids, *(tokens[:, None] for tokens in new)], dim=1)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        generator: torch.Generator | None = None,
+        cache: KVCache | None = None,
+    ) -> Iterator[Tensor]:
+        """Yields the next token of every row, (B,), as soon as it is chosen.
+
+        A row ends with its end-of-sequence token and is then filled up with padding, while the others go on without
+        it. All of it ends when all rows have, or after `max_new_tokens`, or when the context is full.
+
+        Args:
+            input_ids: (B, T), the whole prompt.
+            pixel_values: (N, 3, S, S), the images that belong to the uncached part of the prompt.
+            attention_mask: (B, T), 0 for padding, which must be on the left.
+            max_new_tokens: the most tokens to choose.
+            temperature, top_k, top_p, generator: see `choose_token`.
+            cache: a conversation of one row to go on with. `input_ids` begins with the tokens that it holds, and only
+                the rest is computed.
+
+        Raises:
+            ValueError: the prompt does not fit in the context or the cache, or has nothing new; padding on the right;
+                an option out of its range.
+        """
+        check_sampling(temperature, top_k, top_p)
+        batch_size, length = input_ids.shape
+        limit = min(self.config.text_config.context_length, cache.max_length if cache else sys.maxsize)
+        if length >= limit:
+            raise ValueError(f"the prompt has {length} tokens, but only {limit - 1} fit: shorten it")
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}, but cannot be negative")
+        if attention_mask is not None and not attention_mask[:, -1].all():
+            raise ValueError("the attention_mask has padding on the right: generation needs it on the left")
+        if cache is not None and (batch_size != 1 or cache.length >= length):
+            raise ValueError(
+                f"a cache of {cache.length} tokens needs one row of more tokens, not {tuple(input_ids.shape)}"
+            )
+        steps = min(max_new_tokens, limit - length)
+        if steps == 0:
+            return
+        if cache is None:
+            cache = KVCache(self.config.text_config, batch_size, length + steps, self.dtype, self.device)
+        rows = torch.arange(batch_size, device=input_ids.device)  # those still being written
+        new_ids = input_ids[:, cache.length :]
+        for step in range(steps):
+            logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
+            chosen = choose_token(logits, temperature, top_k, top_p, generator)
+            pixel_values = attention_mask = None  # they are in the cache now
+            tokens = torch.full((batch_size,), self.config.pad_token_id, device=input_ids.device)
+            tokens[rows] = chosen
+            yield tokens
+            going_on = [i for i, token in enumerate(chosen.tolist()) if token not in self.config.eos_token_id]
+            if not going_on or step == steps - 1:
+                return
+            if len(going_on) < len(chosen):
+                rows, chosen = rows[going_on], chosen[going_on]
+                cache.keep(going_on)
+            new_ids = chosen[:, None]
+
+
+def left_padding(attention_mask: Tensor) -> Tensor | None:
+    """How many zeros each row of a mask (B, T) begins with: (B,), or None if there are none in all of it.
+
+    Raises:
+        ValueError: a row has zeros between its ones, or nothing but zeros.
+    """
+    real = attention_mask.bool()
+    left = (real.cumsum(1) == 0).sum(1)
+    right = (real.flip(1).cumsum(1) == 0).sum(1)
+    if (left + right + real.sum(1) != real.shape[1]).any():
+        raise ValueError("the attention_mask has a row with padding between its tokens, or without any tokens")
+    return left if left.any() else None
+
+
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+    """Raises a ValueError if an option of `choose_token` is out of its range or would have no effect."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError("top_k and top_p need a temperature above 0: without one the likeliest token is taken")
+
+
+def filter_logits(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Logits (B, V) of the distribution to draw from, as transformers makes them: temperature, then top-k, then top-p.
+
+    Args:
+        logits: (B, V), float32.
+        temperature: above 0; below 1 sharpens, above 1 flattens.
+        top_k: leave the k likeliest tokens.
+        top_p: leave the likeliest tokens whose probabilities together reach p (arXiv 1904.09751).
+    """
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None and top_p < 1:
+        ascending, order = logits.sort()
+        dropped = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        dropped[:, -1] = False  # the likeliest token always stays
+        logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+    return logits
+
+
+def choose_token(
+    logits: Tensor,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Logits (B, V) -> one token a row (B,): the likeliest at temperature 0, else one that is drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = filter_logits(logits.float(), temperature, top_k, top_p).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+
+
+# From images and texts to the model's inputs
+
+
+class Inputs(dict):
+    """The model's arguments by name; `inputs.input_ids` is `inputs["input_ids"]`."""
+
+    __getattr__ = dict.__getitem__
+
+    def to(self, device: torch.device | str) -> Self:
+        """All tensors on another device."""
+        return type(self)({name: tensor.to(device) for name, tensor in self.items()})
+
+
+class LlavaProcessor:
+    """Tokenizer and image processor of one checkpoint, and how many tokens stand for an image (P)."""
+
+    def __init__(
+        self,
+        image_processor: LlavaImageProcessor,
+        tokenizer: LlamaTokenizer,
+        image_seq_length: int,
+        folder: Path | None = None,
+    ) -> None:
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.image_seq_length = image_seq_length
+        self.folder = folder  # whose files `save_pretrained` copies
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Loads from the folder, or the hub repository, that holds the model.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing or wrong; the message says which.
+        """
+        folder = find_folder(name)
+        config = LlavaConfig.from_dict(read_config(folder))
+        nested = read_json(folder / "processor_config.json", missing={}).get("image_processor")  # of transformers 5
+        settings = read_json(folder / "preprocessor_config.json", missing=nested)
+        image_processor = LlavaImageProcessor.from_dict(settings)
+        return cls(image_processor, LlamaTokenizer.from_pretrained(folder), config.image_seq_length, folder)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Copies the files that this processor was loaded from."""
+        copy_processor_files(self.folder, Path(folder))
+
+    def __call__(
+        self,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        text: str | Sequence[str] = "",
+        padding: bool = False,
+        return_tensors: str = "pt",
+    ) -> Inputs:
+        """Images and raw prompts -> `input_ids` and `attention_mask` (B, T), `pixel_values` (N, 3, S, S).
+
+        Args:
+            images: one or several, in the order of the `<image>` marks in all of the texts.
+            text: one prompt or several; special tokens that are spelled out in it have their meaning.
+            padding: fill shorter prompts up, on the left.
+            return_tensors: "pt", as there is nothing else here.
+
+        Raises:
+            ValueError: images and marks do not match, or prompts of several lengths come without padding.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
+        texts = [text] if isinstance(text, str) else text
+        return self.prepare([self.tokenizer.encode(text) for text in texts], images, padding)
+
+    def chat(
+        self,
+        turns: Sequence[tuple[str, str | None]],
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        system: str = "",
+    ) -> Inputs:
+        """One conversation -> the model's inputs; see `LlamaTokenizer.encode_chat` for the turns."""
+        return self.prepare([self.tokenizer.encode_chat(turns, system)[0]], images)
+
+    def prepare(
+        self,
+        prompts: Sequence[list[int]],
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        padding: bool = False,
+    ) -> Inputs:
+        """Token ids with one `<image>` each, and images -> the model's inputs; `__call__` says more."""
+        images = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
+        image_id = self.tokenizer.image_token_id
+        marks = sum(ids.count(image_id) for ids in prompts)
+        if marks != len(images):
+            raise ValueError(f"the text has {marks} {IMAGE_TOKEN} marks for {len(images)} images")
+        rows = [
+            [i for token in ids for i in [token] * (self.image_seq_length if token == image_id else 1)]
+            for ids in prompts
+        ]
+        longest = max(map(len, rows))
+        if not padding and any(len(row) != longest for row in rows):
+            raise ValueError("the texts have several lengths: pass padding=True")
+        missing = [longest - len(row) for row in rows]
+        inputs = Inputs(
+            input_ids=torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(missing, rows)]),
+            attention_mask=torch.tensor([[0] * n + [1] * len(row) for n, row in zip(missing, rows)]),
+        )
+        if images:
+            inputs["pixel_values"] = self.image_processor(images)
+        return inputs
+
+    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
+        """The text behind one row of ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens)
+
+    def batch_decode(self, sequences: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = False) -> list[str]:
+        """The text behind each row of ids."""
+        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
+
+
+# The command line
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="llava.py", description="Asks a LLaVA-1.5 model about images.")
+    parser.add_argument("question", nargs="?", help="default: What is shown in this image?")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="PATH|URL|-", help="repeat it for several images"
+    )
+    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the Hugging Face hub")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="the longest answer (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="above 0: draw tokens, do not take the likeliest"
+    )
+    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that together reach p")
+    parser.add_argument("--seed", type=int, help="makes drawing repeatable")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    parser.add_argument(
+        "--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to it"
+    )
+    parser.add_argument("--short", action="store_true", help="ask for a single word or phrase")
+    parser.add_argument("--chat", action="store_true", help="go on asking: Ctrl-C stops an answer, Ctrl-D leaves")
+    parser.add_argument("--stats", action="store_true", help="print speed and memory on stderr")
+    args = parser.parse_args(argv)
+    try:
+        check_sampling(args.temperature, args.top_k, args.top_p)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.max_new_tokens < 1:
+        parser.error("--max-new-tokens must be 1 or more")
+    if not args.image and not args.question and not args.chat:
+        parser.error("give a question, an --image, or both")
+    if args.image.count("-") > 1 or ("-" in args.image and args.chat):
+        parser.error("standard input (-) can be one image, and then no --chat")
+    args.question = args.question or (None if args.chat else "What is shown in this image?")
+    return args
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the fastest there is. Raises a ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(name for name, available in there.items() if available)
+    if not there[name]:
+        raise ValueError(f"there is no {name} device on this machine; try --device cpu")
+    return torch.device(name)
+
+
+def questions(args: argparse.Namespace) -> Iterator[str]:
+    """The question of the command line and, in a chat, those that are typed until Ctrl-D."""
+    if args.question:
+        yield args.question
+    while args.chat:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            question = input().strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:  # at the prompt there is no answer to stop
+            print(file=sys.stderr)
+            continue
+        if question:
+            yield question
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that this process has held so far, on the GPU if it used one."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    try:
+        import resource  # which Windows does not have
+    except ImportError:
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
+
+
+def stream_answer(
+    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, args: argparse.Namespace, **inputs: object
+) -> list[int]:
+    """Prints an answer while it is written, and returns its ids. In a chat, Ctrl-C ends it early."""
+    ids: list[int] = []
+    times = [time.perf_counter()]
+
+    def chosen() -> Iterator[int]:
+        options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        for tokens in model.generate_stream(**inputs, **options, top_k=args.top_k, top_p=args.top_p):
+            ids.append(tokens.item())
+            times.append(time.perf_counter())
+            yield ids[-1]
+
+    try:
+        for text in tokenizer.stream(chosen(), skip_special_tokens=True):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        if not args.chat:
+            raise
+    print(flush=True)
+    if args.stats and ids:
+        speed = f"{(len(ids) - 1) / (times[-1] - times[1]):.1f} tokens/s after it, " if len(ids) > 1 else ""
+        first = f"first of {len(ids)} tokens after {times[1] - times[0]:.2f} s, "
+        print(f"{first}{speed}peak memory {peak_memory(model.device)}", file=sys.stderr)
+    return ids
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads the model and answers: answers go to stdout, everything else to stderr."""
+    device = pick_device(args.device)
+    images = [load_image(source) for source in args.image]
+    processor = LlavaProcessor.from_pretrained(args.model)
+    if args.image_mode:
+        processor.image_processor.do_pad = args.image_mode == "pad"
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype, device=device)
+    context = model.config.text_config.context_length
+    cache = KVCache(model.config.text_config, 1, context, model.dtype, device) if args.chat else None
+    generator = torch.Generator(device)
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+
+    conversation = torch.empty(1, 0, dtype=torch.long)  # the ids of all finished turns
+    pixel_values = None
+    for question in questions(args):
+        question += SHORT_ANSWER if args.short else ""
+        first_turn = conversation.shape[1] == 0
+        if first_turn and IMAGE_TOKEN not in question:
+            question = f"{IMAGE_TOKEN}\n" * len(images) + question
+        try:
+            turn, _ = processor.tokenizer.encode_chat([(question, None)], continued=not first_turn)
+            inputs = processor.prepare([turn], images if first_turn else None)
+            pixel_values = inputs.get("pixel_values", pixel_values)
+            prompt = torch.cat([conversation, inputs.input_ids], dim=1)
+            seen = cache is not None and cache.length > 0  # the images, in an earlier turn
+            answer = stream_answer(
+                model,
+                processor.tokenizer,
+                args,
+                input_ids=prompt.to(device),
+                pixel_values=None if seen or pixel_values is None else pixel_values.to(device),
+                generator=generator,
+                cache=cache,
+            )
+        except ValueError as error:
+            if not args.chat:
+                raise
+            print(f"llava.py: {error}", file=sys.stderr)
+            continue
+        end = [] if answer and answer[-1] in model.config.eos_token_id else [processor.tokenizer.eos_token_id]
+        conversation = torch.cat([prompt, torch.tensor([answer + end])], dim=1)
+
+
+def main() -> None:
+    """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
+    args = parse_arguments()
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+    try:
+        run(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        sys.exit("llava.py: standard output was closed before the answer was complete")
+    except KeyboardInterrupt:
+        sys.exit("llava.py: interrupted")
+    except Exception as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        sys.exit(f"llava.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()

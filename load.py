@@ -1,0 +1,314 @@
+"""Weights: a checkpoint folder in Hugging Face format to a model in memory, and back.
+
+    config.json                  -> read_config  -> dict in today's spelling, with transformers' defaults
+    *.safetensors                -> load_weights -> the parameters of a model that was built without memory
+    a model that was trained     -> save_weights -> a folder that transformers loads
+
+Every quirk of the published checkpoints is dealt with in this file: the spellings of config.json, the three layouts of
+tensor names, shards, tied embeddings. The rest of the project only knows today's names.
+
+Sources: the config classes of transformers for defaults; the files of llava-hf/llava-1.5-7b-hf, -13b-hf and bakLlava-v1-hf;
+the safetensors format for what is in a file's header.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+# What transformers takes for a field that config.json leaves out, where it depends on more than the field itself.
+# A vision_config that is there but sparse gets the defaults of CLIPVisionConfig (ViT-B/32) instead of these.
+VISION_DEFAULTS = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+TEXT_DEFAULTS = {
+    "llama": {},
+    "mistral": {
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+}
+# The layouts of tensor names: (prefix in the file, prefix here). Here means: as transformers 5 writes them. The first
+# two lines come from transformers 4.52 and later, the third from the checkpoints on the hub. The order matters.
+PREFIXES = [
+    ("model.language_model.", "language_model.model."),
+    ("model.", ""),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("lm_head.", "language_model.lm_head."),
+]
+HARMLESS = (".position_ids", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry and nobody needs
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SHARD_BYTES = 5 * 10**9  # the largest file that saving writes
+BIG = 10**9  # bytes of weights that take long enough to load for a progress bar
+# Everything of a folder but its weights and their config: what belongs to the tokenizer and the image processor.
+PROCESSOR_FILES = [
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+]
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder called `name`, or the downloaded copy of the hub repository of that name.
+
+    Raises:
+        FileNotFoundError: there is neither, with what to do about it.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{name} is a file; the folder that it lies in is wanted")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no folder {name}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no folder {name}; to fetch the repository of that name from the Hugging Face hub, "
+            "run: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except Exception as error:  # network, authorisation, no such repository, disk full: the library has dozens of kinds
+        raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub: {error}") from error
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file, or `missing` if that is given and there is no such file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not path.is_file():
+        if missing is None:
+            raise FileNotFoundError(f"{path.parent} has no {path.name}")
+        return missing
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
+    return value
+
+
+# config.json
+
+
+def read_config(folder: Path) -> dict:
+    """Reads config.json and generation_config.json into one dict in the spelling of today's transformers.
+
+    The published files are sparse and of several ages: `image_token_index` for `image_token_id`, `torch_dtype` for
+    `dtype`, `rope_theta` and `rope_scaling` for `rope_parameters`. What is still left out gets its default from the
+    dataclasses that take this dict. `eos_token_id` (a list) comes from generation_config.json, then config.json, then 2.
+
+    Raises:
+        FileNotFoundError: no config.json.
+        ValueError: the file is damaged or describes another kind of model.
+    """
+    raw = read_json(folder / "config.json")
+    generation = read_json(folder / "generation_config.json", missing={})
+    if raw.get("model_type") != "llava":
+        raise ValueError(
+            f"{folder / 'config.json'} is of model type {raw.get('model_type')!r}; only 'llava' is supported "
+            "(LLaVA-1.5, BakLLaVA and their fine-tunes in Hugging Face format)"
+        )
+    text = raw.get("text_config") or {}
+    text_type = text.get("model_type", "llama")
+    if text_type not in TEXT_DEFAULTS:
+        raise ValueError(f"{folder / 'config.json'}: text model {text_type!r} is not among {', '.join(TEXT_DEFAULTS)}")
+    vision = raw.get("vision_config") or VISION_DEFAULTS
+    vision_type = vision.get("model_type", "clip_vision_model")
+    if vision_type != "clip_vision_model":
+        raise ValueError(f"{folder / 'config.json'}: vision model {vision_type!r} is not clip_vision_model")
+
+    def first(key: str, default: object) -> object:
+        """A token id from the first of the places that may hold it."""
+        found = (place[key] for place in (generation, raw, text) if place.get(key) is not None)
+        return next(found, default)
+
+    eos = first("eos_token_id", 2)
+    eos = eos if isinstance(eos, list) else [eos]
+    return {
+        **raw,
+        "image_token_id": raw.get("image_token_id", raw.get("image_token_index", 32000)),
+        "dtype": raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
+        "eos_token_id": eos,
+        "pad_token_id": first("pad_token_id", eos[0]),
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
+        "vision_config": _present(vision),
+        "text_config": TEXT_DEFAULTS[text_type] | _present(text) | {"rope_parameters": _rope_parameters(text)},
+    }
+
+
+def _present(config: dict) -> dict:
+    """Without the fields that are null, which mean the default."""
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _rope_parameters(text: dict) -> dict:
+    """RoPE's settings as one dict, from the new spelling or the old: rope_theta and rope_scaling."""
+    old = text.get("rope_scaling") or {}
+    rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **(text.get("rope_parameters") or {})}
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    return rope
+
+
+# *.safetensors
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies."""
+
+    file: Path
+    name: str  # in that file
+    shape: tuple[int, ...]
+
+
+def our_name(name: str) -> str:
+    """The name here of a tensor in any of the three layouts."""
+    for prefix, ours in PREFIXES:
+        if name.startswith(prefix):
+            name = ours + name.removeprefix(prefix)
+    return name
+
+
+def find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Reads the headers of a folder's weights: name here -> where that tensor lies.
+
+    Raises:
+        FileNotFoundError: there are no weights, or a shard is missing.
+        ValueError: the weights are pickles, which can run code, or a file is damaged.
+    """
+    index = read_json(folder / "model.safetensors.index.json", missing={})
+    files = sorted({folder / name for name in index.get("weight_map", {}).values()} or folder.glob("*.safetensors"))
+    if not files:
+        pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+        if not pickles:
+            raise FileNotFoundError(f"{folder} has no weights (*.safetensors)")
+        raise ValueError(
+            f"{folder} has its weights as pickles ({', '.join(pickles)}). Loading a pickle can run any code that its author "
+            "put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the author, "
+            "make one with transformers: from_pretrained, then save_pretrained"
+        )
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: finish the download")
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():
+                    if not name.endswith(HARMLESS):
+                        shape = tuple(opened.get_slice(name).get_shape())
+                        tensors[our_name(name)] = StoredTensor(file, name, shape)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+    return tensors
+
+
+def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives a model that was built on the meta device its weights, one tensor at a time.
+
+    A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
+    converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
+    back only when the mapping ends. So memory never holds the weights twice.
+
+    Raises:
+        ValueError: names every tensor that is missing, unexpected or of the wrong shape.
+    """
+    stored = find_tensors(folder)
+    wanted = dict(model.named_parameters())  # a tied parameter under its first name only
+    aliases = dict(model.named_parameters(remove_duplicate=False)).keys() - wanted.keys()
+    problems = [f"missing: {name}" for name in wanted.keys() - stored.keys()]
+    problems += [f"unexpected: {name}" for name in stored.keys() - wanted.keys() - aliases]
+    problems += [
+        f"wrong shape: {name} is {stored[name].shape}, but {tuple(wanted[name].shape)} by config.json"
+        for name in wanted.keys() & stored.keys()
+        if stored[name].shape != tuple(wanted[name].shape)
+    ]
+    if problems:
+        raise ValueError("\n  ".join([f"the weights in {folder} do not fit its config.json:", *sorted(problems)]))
+
+    total = sum(parameter.numel() for parameter in wanted.values()) * dtype.itemsize
+    quiet = True if total < BIG else None  # None: tqdm shows the bar on a terminal only
+    with tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=quiet) as progress:
+        for name in wanted:
+            with safe_open(stored[name].file, "pt") as opened:
+                tensor = opened.get_tensor(stored[name].name).to(device=device, dtype=dtype)
+            owner, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
+            progress.update(tensor.nbytes)
+
+
+def save_weights(model: nn.Module, folder: Path, config: dict, generation_config: dict) -> None:
+    """Writes weights and configs under the names of the hub's checkpoints, which every LLaVA loader knows.
+
+    Weights beyond 5 GB go into several shards. A file gets its final name when it is complete, so a model can be saved
+    over the very files that its weights are mapped from.
+
+    Raises:
+        OSError: the disk is full or cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[list[str]] = [[]]
+    parameters, filled, total = dict(model.named_parameters()), 0, 0
+    for name, parameter in parameters.items():
+        if filled + parameter.nbytes > SHARD_BYTES:
+            shards, filled = [*shards, []], 0
+        shards[-1].append(name)
+        filled, total = filled + parameter.nbytes, total + parameter.nbytes
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {_hub_name(name): parameters[name].detach().cpu().contiguous() for name in names}
+        save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
+        os.replace(folder / f"{file}.part", folder / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    for stale in set(folder.glob("model*.safetensors*")) - {folder / file for file in weight_map.values()}:
+        stale.unlink()  # of an earlier save with another number of shards
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", generation_config)
+
+
+def _hub_name(name: str) -> str:
+    """The name on the hub of one of our parameters."""
+    return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+
+
+def _write_json(path: Path, value: dict) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def copy_processor_files(source: Path, target: Path) -> None:
+    """Copies what belongs to tokenizer and image processor from one checkpoint folder to another."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in PROCESSOR_FILES:
+        if (source / name).is_file() and source.resolve() != target.resolve():
+            shutil.copyfile(source / name, target / name)

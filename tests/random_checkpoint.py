@@ -1,0 +1,102 @@
+"""Makes a small LLaVA checkpoint with random weights: complete in every file, but it has learned nothing.
+
+    python tests/random_checkpoint.py FOLDER
+
+The tests are made of such checkpoints, and whoever has no real one can try the command line on it.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from vision import CLIPVisionConfig
+
+SENTENCES = [
+    "A chat between a curious user and an artificial intelligence assistant.",
+    "USER: What is shown in this image? ASSISTANT: A small red circle is to the left of a large blue square.",
+    "USER: How many triangles are there? ASSISTANT: There are three triangles, and one of them is green.",
+    "The quick brown fox jumps over the lazy dog, again and again, while 1,234 people count to 56,789.",
+    "Ein kleines Beispiel mit Umlauten: Äpfel, Öl und Übermut kosten 12 €.",
+    "Answer the question using a single word or phrase.",
+]
+
+
+def train_tokenizer(vocab_size: int = 420) -> bytes:
+    """A SentencePiece BPE with Llama's settings, learned from a few sentences: the bytes of a tokenizer.model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES),
+        model_writer=model,
+        vocab_size=vocab_size,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+def write_processor_files(folder: Path, image_size: int, tokenizer_model: bytes | None = None) -> None:
+    """Writes the files of tokenizer and image processor as the checkpoints on the hub have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer_model = tokenizer_model or train_tokenizer()
+    count = len(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
+    (folder / "tokenizer.model").write_bytes(tokenizer_model)
+    (folder / "added_tokens.json").write_text(json.dumps({"<image>": count, "<pad>": count + 1}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "pad_token": "<pad>"}))
+    preprocessing = {
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": image_size},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing))
+
+
+@torch.no_grad()
+def randomize(model: torch.nn.Module, seed: int = 0) -> None:
+    """Draws every parameter so that each one, norms and biases included, makes a difference to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5, generator=generator)
+        else:
+            parameter.normal_(mean=0.5, std=0.2, generator=generator)
+
+
+def make_checkpoint(folder: Path, seed: int = 0) -> None:
+    """Writes a checkpoint of about a million parameters that takes images of 56 x 56 pixels."""
+    write_processor_files(folder, image_size=56)
+    vocab_size = 448  # beyond the 422 tokens, as the real one is beyond its 32002
+    vision = CLIPVisionConfig(64, 128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+    text = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8
+    )
+    config = LlavaConfig(vision, text, image_token_id=420, pad_token_id=421)
+    model = LlavaForConditionalGeneration(config)
+    randomize(model, seed)
+    model.save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python tests/random_checkpoint.py FOLDER")
+    make_checkpoint(Path(sys.argv[1]))

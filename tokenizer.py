@@ -1,0 +1,220 @@
+"""Words: text to token ids and back, and the chat prompt that LLaVA was trained on.
+
+    "USER: <image>\\nWhat is this? ASSISTANT:"  ->  [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, ...]
+    [319, 6635, 29889, 2]                      ->  "A cat."
+
+LLaVA speaks Llama's SentencePiece BPE (`tokenizer.model`: 32000 pieces, byte fallback, a space put in front of every
+text) and the tokens that LLaVA added behind it: `<image>` 32000 marks where a picture goes, `<pad>` 32001 fills up
+batches. Everything here is plain Python on lists of ids; no tensors.
+
+Sources: SentencePiece (arXiv 1808.06226) for the pieces, the "legacy" LlamaTokenizer of transformers for the split at
+special tokens and the decoding of bytes, conversation mode `vicuna_v1` of LLaVA for the chat prompt.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+IMAGE_TOKEN = "<image>"
+SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside a piece
+
+# The sentence that opened every training conversation of LLaVA-1.5; transformers' documentation leaves it out.
+VICUNA_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+# The paper's response-format prompt (section 3.2): appended to a question, it asks for a short answer.
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+
+
+class LlamaTokenizer:
+    """A SentencePiece model and the tokens that were added behind its vocabulary.
+
+    Args:
+        model_file: path of `tokenizer.model`.
+        added_tokens: text of each added token -> its id; `<image>` has to be among them.
+        special: those added tokens that `skip_special_tokens` leaves out of decoded text; None means all of them.
+        add_bos_token: whether encoded text opens with `<s>`.
+        pad_token: the token that fills up batches; where there is no such token, `<unk>` serves.
+
+    Raises:
+        ValueError: `model_file` is no SentencePiece model, or `<image>` is missing.
+    """
+
+    def __init__(
+        self,
+        model_file: str | Path,
+        added_tokens: dict[str, int],
+        special: Iterable[str] | None = None,
+        add_bos_token: bool = True,
+        pad_token: str = "<pad>",
+    ) -> None:
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(model_file).read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{model_file} is not a SentencePiece model: is the download complete?") from error
+        if IMAGE_TOKEN not in added_tokens:
+            raise ValueError(f"the tokenizer of {Path(model_file).parent} has no token {IMAGE_TOKEN}: not a LLaVA?")
+        control = [i for i in range(len(self.pieces)) if self.pieces.is_control(i) or self.pieces.is_unknown(i)]
+        self.special_tokens = {self.pieces.id_to_piece(i): i for i in control} | added_tokens
+        self.skipped_ids = {*control, *(added_tokens[text] for text in (added_tokens if special is None else special))}
+        self.added_texts = {token_id: text for text, token_id in added_tokens.items()}
+        self.add_bos_token = add_bos_token
+        self.bos_token_id, self.eos_token_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.image_token_id = added_tokens[IMAGE_TOKEN]
+        self.pad_token_id = self.special_tokens.get(pad_token, self.pieces.unk_id())
+        # Longest first: of two tokens that begin alike, the longer one is meant.
+        by_length = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile(f"({'|'.join(map(re.escape, by_length))})")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "LlamaTokenizer":
+        """Reads `tokenizer.model` and, where they exist, `added_tokens.json` and `tokenizer_config.json`.
+
+        Raises:
+            FileNotFoundError: there is no tokenizer.model.
+            ValueError: a file is damaged, or `<image>` is missing.
+        """
+        folder = Path(folder)
+        if not (folder / "tokenizer.model").is_file():
+            raise FileNotFoundError(f"{folder} has no tokenizer.model; the LLaVA-1.5 checkpoints on the hub have one")
+        config = _read_json(folder / "tokenizer_config.json")
+        added_tokens = _read_json(folder / "added_tokens.json")
+        special = set(added_tokens)
+        for token_id, token in config.get("added_tokens_decoder", {}).items():
+            added_tokens[token["content"]] = int(token_id)
+            (special.add if token.get("special") else special.discard)(token["content"])
+        pad_token = config.get("pad_token") or "<pad>"
+        return cls(
+            folder / "tokenizer.model",
+            added_tokens,
+            special,
+            add_bos_token=config.get("add_bos_token", True),
+            pad_token=pad_token["content"] if isinstance(pad_token, dict) else pad_token,
+        )
+
+    def __len__(self) -> int:
+        """One more than the highest id in use."""
+        return max(len(self.pieces), *(token_id + 1 for token_id in self.special_tokens.values()))
+
+    # From text to ids
+
+    def encode(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[int]:
+        """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens have their meaning.
+
+        The text is cut at special tokens, and each stretch between them is encoded on its own, with SentencePiece's
+        leading space. That is why a bare "▁" (29871) stands on both sides of the image in a LLaVA prompt.
+
+        Args:
+            text: any string; lone surrogates, which UTF-8 cannot hold, become U+FFFD.
+            add_special_tokens: open with `<s>`.
+            split_special_tokens: read special tokens as the plain characters that they are spelled with.
+        """
+        ids = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
+        if split_special_tokens:
+            return ids + self._encode_plain(text)
+        for segment in self.special_pattern.split(text):
+            token_id = self.special_tokens.get(segment)
+            ids += self._encode_plain(segment) if token_id is None else [token_id]
+        return ids
+
+    def encode_chat(
+        self, turns: Sequence[tuple[str, str | None]], system: str = "", continued: bool = False
+    ) -> tuple[list[int], list[bool]]:
+        """Encodes a conversation the way LLaVA-1.5 was trained on it (conversation mode `vicuna_v1`):
+
+            <s>{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
+
+        What somebody typed never becomes a control token: `</s>` in a question or an answer is encoded as four plain
+        characters. The one exception is `<image>` in a question, which marks the place of an image.
+
+        Args:
+            turns: (question, answer) pairs. The answer None is still to be written: the prompt ends at "ASSISTANT:".
+            system: an opening sentence such as `VICUNA_SYSTEM`.
+            continued: these turns go on after an earlier `</s>`, so no `<s>` is put in front.
+
+        Returns:
+            The ids, and for each of them whether it belongs to an answer or its `</s>`, which is what training learns.
+        """
+        ids = [self.bos_token_id] if self.add_bos_token and not continued else []
+        is_answer = [False] * len(ids)
+        lead = f"{system} " if system else ""
+        for question, answer in turns:
+            *before_images, rest = f"{lead}USER: {question} ASSISTANT:".split(IMAGE_TOKEN)
+            lead = ""
+            for segment in before_images:
+                ids += [*self._encode_plain(segment), self.image_token_id]
+            # "ASSISTANT:" and the answer are one stretch of text, but no piece reaches across the space between them,
+            # so the answer's ids are those that the prompt alone does not have.
+            answer_start = len(ids) + len(self._encode_plain(rest))
+            ids += self._encode_plain(rest if answer is None else f"{rest} {answer}")
+            if answer is not None:
+                ids.append(self.eos_token_id)
+            is_answer += [position >= answer_start for position in range(len(is_answer), len(ids))]
+        return ids, is_answer
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """SentencePiece alone, which never makes a control token out of text."""
+        return self.pieces.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+
+    # From ids to text
+
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str | None]:
+        """The token behind each id as it stands in the vocabulary, such as "▁cat"; None beyond the vocabulary."""
+        return [
+            self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else self.added_texts.get(i) for i in map(int, ids)
+        ]
+
+    def stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
+        """Decodes ids while they arrive: yields text as soon as it is final, and all of it in the end.
+
+        A character outside the vocabulary comes as several byte tokens, which are held back until they are complete.
+        What counts is the whole run of bytes: if it is not valid UTF-8, each of them becomes U+FFFD. Ids beyond the
+        vocabulary (the model's embedding has a few more rows than there are tokens) stand for no text.
+        """
+        at_start, run = True, bytearray()
+
+        def finish(text: str) -> Iterator[str]:
+            """The run of bytes so far and then `text`, less the one space that encoding put in front of it all."""
+            nonlocal at_start
+            if run:
+                try:
+                    text = run.decode() + text
+                except UnicodeDecodeError:
+                    text = "\ufffd" * len(run) + text
+                run.clear()
+            if text:
+                text = text.removeprefix(" ") if at_start else text
+                at_start = False
+                yield text
+
+        for token_id in ids:
+            (token,) = self.convert_ids_to_tokens([token_id])
+            if token is None or (skip_special_tokens and token_id in self.skipped_ids):
+                continue
+            if token_id < len(self.pieces) and self.pieces.is_byte(token_id):
+                run.append(int(token[1:-1], 16))  # "<0x0A>"
+            else:
+                yield from finish(token.replace(SPACE, " "))
+        yield from finish("")
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Decodes ids (a list or a one-dimensional tensor) to text; `stream` says how."""
+        return "".join(self.stream(map(int, ids), skip_special_tokens))
+
+    def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
+        """Decodes each row of a batch."""
+        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+
+
+def _read_json(path: Path) -> dict:
+    """The object in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
