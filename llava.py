@@ -38,7 +38,7 @@ from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImagePro
 
 @dataclass
 class LlamaConfig:
-    """The shape of the decoder; the defaults are transformers', the values of the 7B and 13B models stand behind them."""
+    """The shape of the decoder: transformers' defaults, and behind them the values of the 7B and 13B models."""
 
     model_type: str = "llama"  # "mistral" is the same network with grouped keys
     vocab_size: int = 32000  # 32064: 32002 tokens and some rows that nobody uses
@@ -683,8 +683,10 @@ class LlavaProcessor:
             raise ValueError("the texts have several lengths: pass padding=True")
         missing = [longest - len(row) for row in rows]
         inputs = Inputs(
-            input_ids=torch.tensor([[self.tokenizer.pad_token_id] * n + row for n, row in zip(missing, rows)]),
-            attention_mask=torch.tensor([[0] * n + [1] * len(row) for n, row in zip(missing, rows)]),
+            input_ids=torch.tensor(
+                [[self.tokenizer.pad_token_id] * n + row for n, row in zip(missing, rows, strict=True)]
+            ),
+            attention_mask=torch.tensor([[0] * n + [1] * len(row) for n, row in zip(missing, rows, strict=True)]),
         )
         if images:
             inputs["pixel_values"] = self.image_processor(images)

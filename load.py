@@ -7,8 +7,8 @@
 Every quirk of the published checkpoints is dealt with in this file: the spellings of config.json, the three layouts of
 tensor names, shards, tied embeddings. The rest of the project only knows today's names.
 
-Sources: the config classes of transformers for defaults; the files of llava-hf/llava-1.5-7b-hf, -13b-hf and bakLlava-v1-hf;
-the safetensors format for what is in a file's header.
+Sources: transformers' config classes for the defaults, the files of llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf and
+bakLlava-v1-hf for the quirks, the safetensors format for what a header says.
 """
 
 import json
@@ -138,7 +138,7 @@ def read_config(folder: Path) -> dict:
     text = raw.get("text_config") or {}
     text_type = text.get("model_type", "llama")
     if text_type not in TEXT_DEFAULTS:
-        raise ValueError(f"{folder / 'config.json'}: text model {text_type!r} is not among {', '.join(TEXT_DEFAULTS)}")
+        raise ValueError(f"{folder / 'config.json'}: text model {text_type!r} is not supported")
     vision = raw.get("vision_config") or VISION_DEFAULTS
     vision_type = vision.get("model_type", "clip_vision_model")
     if vision_type != "clip_vision_model":
@@ -209,9 +209,9 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         if not pickles:
             raise FileNotFoundError(f"{folder} has no weights (*.safetensors)")
         raise ValueError(
-            f"{folder} has its weights as pickles ({', '.join(pickles)}). Loading a pickle can run any code that its author "
-            "put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the author, "
-            "make one with transformers: from_pretrained, then save_pretrained"
+            f"{folder} has its weights as pickles ({', '.join(pickles)}). Loading a pickle can run any code that its "
+            "author put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the "
+            "author, make one with transformers: from_pretrained, then save_pretrained"
         )
     tensors = {}
     for file in files:
@@ -219,7 +219,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: finish the download")
         try:
             with safe_open(file, "pt") as opened:
-                for name in opened.keys():
+                for name in opened.keys():  # noqa: SIM118 - it is no dict
                     if not name.endswith(HARMLESS):
                         shape = tuple(opened.get_slice(name).get_shape())
                         tensors[our_name(name)] = StoredTensor(file, name, shape)

@@ -55,7 +55,7 @@ def load_image(source: str) -> Image.Image:
     elif source.startswith(("http://", "https://")):
         file = io.BytesIO(_download(source))
     else:
-        file = open(source, "rb")
+        file = open(source, "rb")  # noqa: SIM115 - closed below
     with file:
         try:
             return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
@@ -129,9 +129,10 @@ class LlavaImageProcessor:
             height, width = _height_width(self.crop_size)
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image, dtype=np.float32)  # (S, S, 3)
+        pixels = np.asarray(image)  # (S, S, 3), 0 to 255
         if self.do_rescale:
-            pixels = pixels * np.float32(self.rescale_factor)
+            pixels = pixels * self.rescale_factor  # in float64, as transformers does
+        pixels = pixels.astype(np.float32)
         if self.do_normalize:
             pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -172,7 +173,7 @@ def _height_width(size: int | dict[str, int]) -> tuple[int, int]:
 
 @dataclass
 class CLIPVisionConfig:
-    """The shape of the vision tower; the defaults are transformers' (ViT-B/32), LLaVA-1.5's values stand behind them."""
+    """The shape of the vision tower: transformers' defaults (ViT-B/32), and behind them the values of LLaVA-1.5."""
 
     hidden_size: int = 768  # 1024
     intermediate_size: int = 3072  # 4096

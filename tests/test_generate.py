@@ -1,0 +1,208 @@
+"""Generation gives the tokens of transformers' `generate`, and a cache changes the work but never the result."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_image
+
+from llava import KVCache, LlavaProcessor
+
+GREEDY = {"do_sample": False}
+TEXTS = [
+    "<image> a",
+    "USER: no image at all, but many more words than the others have. ASSISTANT:",
+    "<image><image> b c",
+]
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return LlavaProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture
+def batch(processor):
+    """Three prompts of different lengths, with three images."""
+    images = [random_image(np.random.default_rng(i), (60, 50)) for i in range(3)]
+    return processor(images=images, text=TEXTS, padding=True)
+
+
+def new_cache(model, max_length=256, batch_size=1) -> KVCache:
+    return KVCache(model.config.text_config, batch_size, max_length, model.dtype, model.device)
+
+
+@pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "head_dim": 24}], ids=str)
+def test_64_greedy_tokens_are_those_of_transformers(text, make_pair, prompt):
+    ours, theirs = make_pair(text=text)
+    for seed in range(3):
+        inputs = prompt(images=2, seed=seed)
+        expected = theirs.generate(**inputs, max_new_tokens=64, **GREEDY)
+        assert torch.equal(ours.generate(**inputs, max_new_tokens=64), expected)
+
+
+def test_a_padded_batch_generates_the_tokens_of_transformers(make_pair, batch):
+    ours, theirs = make_pair()
+    assert torch.equal(ours.generate(**batch, max_new_tokens=64), theirs.generate(**batch, max_new_tokens=64, **GREEDY))
+
+
+def test_each_row_of_a_batch_generates_what_it_generates_alone(make_pair, batch):
+    ours, _ = make_pair()
+    together = ours.generate(**batch, max_new_tokens=64)[:, batch.input_ids.shape[1] :]
+    for row, pixels in enumerate(batch.pixel_values.split([1, 0, 2])):
+        ids = batch.input_ids[row, batch.attention_mask[row].bool()][None]
+        alone = ours.generate(ids, pixels if len(pixels) else None, max_new_tokens=64)[:, ids.shape[1] :]
+        assert torch.equal(together[row], alone[0])
+
+
+def with_ends(model, inputs, count: int) -> list[int]:
+    """Makes `count` of the tokens that the rows would generate end-of-sequence tokens, so that rows end at their own."""
+    free = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
+    return [free[row, 4 * row + 2].item() for row in range(count)]
+
+
+@pytest.mark.parametrize("ends", [1, 2, 3])
+def test_rows_stop_at_their_own_end_and_are_filled_up(ends, make_pair, batch):
+    ours, theirs = make_pair()
+    ours.config.eos_token_id = with_ends(ours, batch, ends)
+    expected = theirs.generate(**batch, max_new_tokens=20, eos_token_id=ours.config.eos_token_id, **GREEDY)
+    assert (expected == 421).any(), "a row has to end before the others"
+    assert torch.equal(ours.generate(**batch, max_new_tokens=20), expected)
+
+
+def test_rows_that_are_done_are_not_computed(make_pair, batch):
+    ours, _ = make_pair()
+    ours.config.eos_token_id = with_ends(ours, batch, 1)
+    sizes = []
+    ours.language_model.lm_head.register_forward_hook(lambda head, args, out: sizes.append(len(out)))
+    ours.generate(**batch, max_new_tokens=20)
+    assert sizes[0] == 3
+    assert sizes[-1] < 3
+
+
+def test_the_stream_yields_the_tokens_of_generate_one_by_one(make_pair, batch):
+    ours, _ = make_pair()
+    streamed = torch.stack(list(ours.generate_stream(**batch, max_new_tokens=10)), dim=1)
+    assert streamed.shape == (3, 10)
+    assert torch.equal(torch.cat([batch.input_ids, streamed], 1), ours.generate(**batch, max_new_tokens=10))
+
+
+def test_nothing_is_computed_before_the_stream_is_read(make_pair, prompt):
+    ours, _ = make_pair()
+    calls = []
+    ours.language_model.lm_head.register_forward_hook(lambda *args: calls.append(1))
+    stream = ours.generate_stream(**prompt(), max_new_tokens=10)
+    assert calls == []
+    next(stream)
+    assert calls == [1]
+
+
+def test_generation_ends_where_the_context_does(make_pair, prompt):
+    ours, _ = make_pair(text={"max_position_embeddings": 40})
+    inputs = prompt(length=20)
+    assert ours.generate(**inputs, max_new_tokens=64).shape == (1, 40)
+
+
+def test_the_logits_are_finite_where_the_batch_is_padding(make_pair, batch):
+    ours, _ = make_pair()
+    assert ours(**batch).logits.isfinite().all()
+
+
+# The cache
+
+
+def chunks(ids: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
+    return list(ids.split([*sizes, ids.shape[1] - sum(sizes)], dim=1))
+
+
+@pytest.mark.parametrize(
+    "sizes", [[19] + [1] * 30, [25, 10, 5], [49], [19, 1, 20]], ids=["tokens", "chunks", "two", "mixed"]
+)
+@pytest.mark.parametrize("heads", [4, 2])
+@torch.no_grad()
+def test_a_prompt_in_parts_has_the_logits_of_one_shot(sizes, heads, make_pair, prompt, check):
+    ours, _ = make_pair(text={"num_key_value_heads": heads})
+    inputs = prompt(images=1, length=48)
+    ids, pixels = inputs["input_ids"].roll(-20, dims=1), inputs["pixel_values"]  # the image in the first 19 tokens
+    whole = ours(ids, pixels).logits
+    cache, parts = new_cache(ours), []
+    for part in chunks(ids, sizes):
+        parts.append(ours(part, pixels if cache.length == 0 else None, cache=cache).logits)
+    check("cache: parts against one shot", torch.cat(parts, dim=1), whole)
+
+
+@torch.no_grad()
+def test_a_padded_batch_in_parts_has_the_logits_of_one_shot(make_pair, batch, check):
+    ours, _ = make_pair(text={"num_key_value_heads": 2})
+    more = torch.randint(3, 400, (3, 6), generator=torch.Generator().manual_seed(0))
+    whole = ours(
+        torch.cat([batch.input_ids, more], 1),
+        batch.pixel_values,
+        torch.cat([batch.attention_mask, torch.ones_like(more)], 1),
+    ).logits[:, -7:]
+    cache = new_cache(ours, batch_size=3)
+    parts = [ours(**batch, cache=cache, logits_to_keep=1).logits]
+    parts += [ours(part, cache=cache).logits for part in (more[:, :1], more[:, 1:5], more[:, 5:])]
+    check("cache: padded batch in parts", torch.cat(parts, dim=1), whole)
+
+
+def test_a_second_turn_gives_the_tokens_of_the_whole_conversation(make_pair, prompt):
+    ours, theirs = make_pair()
+    inputs, cache = prompt(), new_cache(ours)
+    first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
+    conversation = torch.cat([first, prompt(images=0, seed=1)["input_ids"]], dim=1)
+    second = ours.generate(conversation, max_new_tokens=12, cache=cache)
+    expected = theirs.generate(conversation, pixel_values=inputs["pixel_values"], max_new_tokens=12, **GREEDY)
+    assert torch.equal(second, expected)
+
+
+def test_a_second_turn_computes_only_what_is_new(make_pair, prompt):
+    ours, _ = make_pair()
+    inputs, cache = prompt(), new_cache(ours)
+    first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
+    seen, images = [], []
+    ours.language_model.model.norm.register_forward_hook(lambda norm, args, out: seen.append(out.shape[1]))
+    ours.vision_tower.register_forward_hook(lambda *args: images.append(1))
+    ours.generate(torch.cat([first, prompt(images=0)["input_ids"]], 1), max_new_tokens=3, cache=cache)
+    assert seen == [1 + 20, 1, 1]  # the last token of the answer was never fed to the model
+    assert images == []
+
+
+def test_the_cache_is_allocated_once(make_pair, prompt):
+    ours, _ = make_pair()
+    cache = new_cache(ours)
+    before = cache.keys.data_ptr()
+    ours.generate(**prompt(), max_new_tokens=20, cache=cache)
+    assert cache.keys.data_ptr() == before
+    assert cache.length == 20 + 9 + 19
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"input_ids": torch.ones(1, 1024, dtype=torch.long)}, "the prompt has 1024 tokens, but only 1023 fit"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
+        ({"temperature": -0.5}, "temperature is -0.5"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
+        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.9}, "need a temperature above 0"),
+        ({"attention_mask": torch.tensor([[1] * 19 + [0]])}, "padding on the right"),
+        ({"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])}, "padding between its tokens"),
+        ({"attention_mask": torch.tensor([[0] * 20])}, "padding on the right"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_cannot_be_generated_is_refused_with_the_reason(change, sentence, make_pair, prompt):
+    ours, _ = make_pair()
+    with pytest.raises(ValueError, match=sentence):
+        ours.generate(**{**prompt(images=0), **change})
+
+
+@pytest.mark.parametrize(("rows", "max_length", "filled"), [(2, 256, 0), (1, 256, 20), (1, 20, 0)])
+def test_a_cache_that_does_not_fit_the_prompt_is_refused(rows, max_length, filled, make_pair, prompt):
+    ours, _ = make_pair()
+    ids = prompt(images=0)["input_ids"].expand(rows, -1)
+    cache = new_cache(ours, max_length)
+    cache.length = filled
+    with pytest.raises(ValueError, match=r"cache of|only 19 fit"):
+        ours.generate(ids, cache=cache)

@@ -1,0 +1,132 @@
+"""The whole model, from pixels and ids to logits and tokens, is transformers' LlavaForConditionalGeneration."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import random_image
+from reference_tokenizer import reference_tokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+
+
+@pytest.fixture(scope="module")
+def ours(checkpoint):
+    return LlavaForConditionalGeneration.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def theirs(checkpoint):
+    return transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def processor(checkpoint):
+    return LlavaProcessor.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def their_processor(checkpoint):
+    return transformers.LlavaProcessor(
+        CLIPImageProcessorPil.from_pretrained(checkpoint),
+        reference_tokenizer(checkpoint / "tokenizer.model", {"<image>": 420, "<pad>": 421}),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+@pytest.mark.parametrize("images", [0, 1, 2, 3])
+@torch.no_grad()
+def test_logits_with_any_number_of_images_are_those_of_transformers(images, ours, theirs, prompt, check):
+    inputs = prompt(images=images)
+    check(f"whole model, {images} images", ours(**inputs).logits, theirs(**inputs).logits)
+
+
+@torch.no_grad()
+def test_logits_of_a_padded_batch_are_those_of_transformers(ours, theirs, processor, check):
+    images = [random_image(np.random.default_rng(i), (60, 50)) for i in range(3)]
+    texts = ["<image> a", "no image at all, but many more words", "one <image> two <image> three"]
+    inputs = processor(images=images, text=texts, padding=True)
+    real = inputs.attention_mask.bool()
+    positions = (inputs.attention_mask.cumsum(1) - 1).clamp(min=0)
+    expected = theirs(**inputs, position_ids=positions).logits
+    check("whole model, padded batch", ours(**inputs).logits[real], expected[real])
+
+
+@torch.no_grad()
+def test_the_image_changes_the_answer(ours, prompt):
+    inputs = prompt()
+    before = ours(**inputs).logits[:, -1]
+    after = ours(inputs["input_ids"], inputs["pixel_values"].flip(-1)).logits[:, -1]
+    assert (before - after).norm() > 0.01 * before.norm()
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_a_mismatch_of_image_tokens_and_images_is_refused_with_both_numbers(images, ours, prompt):
+    inputs = prompt(images=2)
+    inputs["input_ids"] = prompt(images=images)["input_ids"] if images < 2 else inputs["input_ids"][:, :-10]
+    with pytest.raises(ValueError, match=r"image tokens stand in the prompt, but 2 images have 18 features"):
+        ours(**inputs)
+
+
+PROMPTS = {
+    "one image": (["USER: <image>\nWhat's the content of the image? ASSISTANT:"], 1),
+    "two images": (["USER: <image>\n<image>\nCompare. ASSISTANT:"], 2),
+    "no image": (["USER: Hello ASSISTANT:"], 0),
+    "a batch of several lengths": (["USER: <image>\nWhat? ASSISTANT:", "x </s>USER: y", "<image><image>"], 3),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_inputs_are_those_of_transformers_processor(name, processor, their_processor):
+    texts, count = PROMPTS[name]
+    images = [random_image(np.random.default_rng(i)) for i in range(count)] or None
+    ours = processor(images=images, text=texts, return_tensors="pt", padding=True)
+    theirs = their_processor(images=images, text=texts, return_tensors="pt", padding=True)
+    for key in ours:
+        torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-6)
+    assert set(ours) == set(theirs) - {"token_type_ids", "mm_token_type_ids"}
+
+
+def test_the_example_of_transformers_documentation_runs(ours, theirs, processor, their_processor):
+    image = random_image(np.random.default_rng(0))
+    text = "USER: <image>\nWhat's the content of the image? ASSISTANT:"
+    answers = []
+    for model, processor in ((ours, processor), (theirs, their_processor)):
+        inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+        ids = model.generate(**inputs, max_new_tokens=15)
+        answers.append(processor.batch_decode(ids, skip_special_tokens=True)[0])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "options", "sentence"),
+    [
+        (1, "no mark", {}, "the text has 0 <image> marks for 1 images"),
+        (0, "<image>", {}, "the text has 1 <image> marks for 0 images"),
+        (0, ["a", "a b c"], {}, "pass padding=True"),
+        (0, "a", {"return_tensors": "np"}, "only 'pt' is supported"),
+    ],
+)
+def test_inputs_that_cannot_be_made_are_refused_with_the_reason(images, texts, options, sentence, processor):
+    images = [random_image(np.random.default_rng(0))] * images
+    with pytest.raises(ValueError, match=sentence):
+        processor(images=images, text=texts, **options)
+
+
+def test_loss_gradients_reach_every_parameter_that_the_answer_depends_on(make_pair, prompt, check):
+    ours, theirs = make_pair()
+    inputs = prompt()
+    ids = inputs["input_ids"]
+    for model in (ours, theirs):
+        logits = model(**inputs).logits
+        torch.nn.functional.cross_entropy(logits[0, -6:-1], ids[0, -5:]).backward()
+    their_gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    our_gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    assert len(our_gradients) == len(their_gradients)
+    assert len(our_gradients) == len(list(ours.parameters())) - 18  # the last vision layer and post_layernorm
+    for (_, ours_), (_, theirs_) in zip(sorted(our_gradients.items()), sorted(their_gradients.items()), strict=True):
+        if theirs_.norm() > 1e-6:  # a key bias shifts all scores alike: its gradient is zero but for rounding
+            check("gradients of every parameter", ours_.flatten(), theirs_.flatten(), limit=1e-4)
