@@ -122,7 +122,7 @@ def read_config(folder: Path) -> dict:
 
     The published files are sparse and of several ages: `image_token_index` for `image_token_id`, `torch_dtype` for
     `dtype`, `rope_theta` and `rope_scaling` for `rope_parameters`. What is still left out gets its default from the
-    dataclasses that take this dict. `eos_token_id` (a list) comes from generation_config.json, then config.json, then 2.
+    dataclasses that take this dict. `eos_token_id`, a list, comes from generation_config.json, config.json or is [2].
 
     Raises:
         FileNotFoundError: no config.json.
@@ -138,11 +138,11 @@ def read_config(folder: Path) -> dict:
     text = raw.get("text_config") or {}
     text_type = text.get("model_type", "llama")
     if text_type not in TEXT_DEFAULTS:
-        raise ValueError(f"{folder / 'config.json'}: text model {text_type!r} is not supported")
+        raise ValueError(f"{folder / 'config.json'}: the text model {text_type!r} is not supported")
     vision = raw.get("vision_config") or VISION_DEFAULTS
     vision_type = vision.get("model_type", "clip_vision_model")
     if vision_type != "clip_vision_model":
-        raise ValueError(f"{folder / 'config.json'}: vision model {vision_type!r} is not clip_vision_model")
+        raise ValueError(f"{folder / 'config.json'}: the vision model {vision_type!r} is not supported")
 
     def first(key: str, default: object) -> object:
         """A token id from the first of the places that may hold it."""

@@ -1,7 +1,7 @@
 """The judge of the tokenizer: a `tokenizers` BPE with Llama's legacy normaliser, made from a SentencePiece model.
 
-It is built as the tokenizer.json of the hub's checkpoints is. transformers 5, given only a tokenizer.model, makes another
-tokenizer (without the leading space of every segment and without `<s>`), so it cannot be the judge here.
+It is built as the tokenizer.json of the hub's checkpoints is. transformers 5, given only a tokenizer.model, makes a
+different tokenizer (without the leading space of every segment and without `<s>`), so it cannot be the judge here.
 """
 
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_each_row_of_a_batch_generates_what_it_generates_alone(make_pair, batch)
 
 
 def with_ends(model, inputs, count: int) -> list[int]:
-    """Makes `count` of the tokens that the rows would generate end-of-sequence tokens, so that rows end at their own."""
+    """Tokens that the first `count` rows would generate, to be taken as ends: so the rows end at different times."""
     free = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
     return [free[row, 4 * row + 2].item() for row in range(count)]
 

@@ -94,10 +94,10 @@ def test_the_example_of_transformers_documentation_runs(ours, theirs, processor,
     image = random_image(np.random.default_rng(0))
     text = "USER: <image>\nWhat's the content of the image? ASSISTANT:"
     answers = []
-    for model, processor in ((ours, processor), (theirs, their_processor)):
-        inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
+    for model, prepare in ((ours, processor), (theirs, their_processor)):
+        inputs = prepare(images=image, text=text, return_tensors="pt").to(model.device)
         ids = model.generate(**inputs, max_new_tokens=15)
-        answers.append(processor.batch_decode(ids, skip_special_tokens=True)[0])
+        answers.append(prepare.batch_decode(ids, skip_special_tokens=True)[0])
     assert answers[0] == answers[1]
 
 

@@ -1,4 +1,4 @@
-"""The vision tower has the hidden states of transformers' CLIPVisionModel, and computes no more than it is asked for."""
+"""The vision tower has the hidden states of transformers' CLIPVisionModel and computes no more than is asked for."""
 
 import pytest
 import torch

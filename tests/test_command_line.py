@@ -1,0 +1,212 @@
+"""The command line, end to end: the answer alone on stdout, the rest on stderr, exit codes that mean something."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import transformers
+from conftest import encoded, random_image
+from PIL import Image
+from reference_tokenizer import reference_tokenizer
+from transformers.image_utils import load_image as transformers_load_image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+import llava
+
+
+@pytest.fixture(scope="session")
+def photo(tmp_path_factory):
+    """A JPEG that lies on its side, as phones write them."""
+    path = tmp_path_factory.mktemp("photo") / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path.write_bytes(encoded(random_image(np.random.default_rng(0), (90, 60)), "JPEG", exif=exif))
+    return path
+
+
+@pytest.fixture
+def run(request, checkpoint):
+    """Runs the command line with these arguments and the test's checkpoint."""
+
+    def run(*args, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, request.config.rootpath / "llava.py", "--model", checkpoint, *args]
+        environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+        return subprocess.run(command, input=stdin, capture_output=True, timeout=120, env=environment, **options)
+
+    return run
+
+
+@pytest.fixture
+def call(checkpoint, monkeypatch, capfdbinary):
+    """The same within this process, which is faster."""
+
+    def call(*args) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["llava.py", "--model", str(checkpoint), *map(str, args)])
+        try:
+            llava.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+            if isinstance(code, str):  # Python prints it and exits with 1
+                print(code, file=sys.stderr)
+                code = 1
+        return subprocess.CompletedProcess(args, code, *capfdbinary.readouterr())
+
+    return call
+
+
+def their_answer(checkpoint, paths, text: str, do_pad: bool = False, **options) -> str:
+    """What transformers answers to a raw prompt."""
+    processor = transformers.LlavaProcessor(
+        LlavaImageProcessorPil.from_pretrained(checkpoint, do_pad=do_pad),
+        reference_tokenizer(checkpoint / "tokenizer.model", {"<image>": 420, "<pad>": 421}),
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(checkpoint)
+    images = [transformers_load_image(str(path)) for path in paths]
+    inputs = processor(images=images or None, text=text, return_tensors="pt")
+    ids = model.generate(**inputs, do_sample=False, **options)
+    return processor.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_the_answer_is_that_of_transformers(run, checkpoint, photo):
+    result = run("--image", photo, "--max-new-tokens", "24", "What is shown here?")
+    expected = their_answer(checkpoint, [photo], "USER: <image>\nWhat is shown here? ASSISTANT:", max_new_tokens=24)
+    assert result.stdout.decode() == expected + "\n"
+    assert result.stderr == b""
+    assert result.returncode == 0
+
+
+def test_several_images_padding_and_the_short_prompt_reach_the_model(call, checkpoint, photo):
+    options = ["--image", photo, "--image", photo, "--image-mode", "pad", "--short", "--max-new-tokens", "24"]
+    prompt = "USER: <image>\n<image>\nWhat? \nAnswer the question using a single word or phrase. ASSISTANT:"
+    expected = their_answer(checkpoint, [photo, photo], prompt, do_pad=True, max_new_tokens=24)
+    assert call(*options, "What? ").stdout.decode() == expected + "\n"
+
+
+def test_an_image_comes_from_standard_input(run, photo):
+    piped = run("--image", "-", "--max-new-tokens", "8", stdin=photo.read_bytes())
+    assert piped.returncode == 0
+    assert piped.stdout == run("--image", photo, "--max-new-tokens", "8", "What is shown in this image?").stdout
+
+
+def test_text_alone_is_answered_too(call, checkpoint):
+    expected = their_answer(checkpoint, [], "USER: Hello ASSISTANT:", max_new_tokens=8)
+    assert call("--max-new-tokens", "8", "Hello").stdout.decode() == expected + "\n"
+
+
+def test_a_chat_remembers_the_earlier_turns(run, checkpoint, photo):
+    result = run("--chat", "--image", photo, "--max-new-tokens", "8", stdin=b"What?\n\nAnd why?\n")
+    first = their_answer(checkpoint, [photo], "USER: <image>\nWhat? ASSISTANT:", max_new_tokens=8)
+    lines = result.stdout.decode()
+    assert lines.startswith(first + "\n")
+    assert lines != first + "\n"
+    alone = run("--image", photo, "--max-new-tokens", "8", "And why?").stdout.decode()
+    assert lines.removeprefix(first + "\n") != alone
+    assert result.returncode == 0
+
+
+def test_the_same_seed_gives_the_same_answer(call):
+    options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--max-new-tokens", "20", "Hello"]
+    first, again, other = (call("--seed", seed, *options).stdout for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_stats_go_to_stderr(call):
+    result = call("--stats", "--max-new-tokens", "8", "Hello")
+    assert b"tokens/s" in result.stderr
+    assert b"peak memory" in result.stderr
+    assert result.stdout == call("--max-new-tokens", "8", "Hello").stdout
+
+
+FAILURES = {
+    "no such image": (["--image", "gone.jpg", "What?"], "No such file or directory: 'gone.jpg'"),
+    "no image": (["--image", __file__, "What?"], "is not an image that Pillow can read"),
+    "too many marks": (["<image> What?"], "the text has 1 <image> marks for 0 images"),
+    "too long": (["word " * 3000], "tokens, but only 1023 fit"),
+    "no such device": (["--device", "mps", "Hello"], "there is no mps device"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_is_one_sentence_and_exit_code_1(name, call):
+    args, sentence = FAILURES[name]
+    result = call(*args)
+    assert result.returncode == 1
+    assert result.stdout == b""
+    assert sentence in result.stderr.decode()
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_debugging_shows_where_it_failed(call, monkeypatch):
+    monkeypatch.setenv("LLAVA_DEBUG", "1")
+    with pytest.raises(ValueError, match="the text has 1 <image> marks"):
+        call("<image> What?")
+
+
+USAGES = {
+    "nothing to do": [],
+    "unknown option": ["--colour", "red", "Hello"],
+    "negative temperature": ["--temperature", "-1", "Hello"],
+    "top-p without temperature": ["--top-p", "0.5", "Hello"],
+    "no tokens": ["--max-new-tokens", "0", "Hello"],
+    "standard input twice": ["--image", "-", "--image", "-", "Hello"],
+    "standard input for image and chat": ["--image", "-", "--chat"],
+}
+
+
+@pytest.mark.parametrize("name", USAGES)
+def test_a_wrong_usage_is_exit_code_2(name, call):
+    result = call(*USAGES[name])
+    assert result.returncode == 2
+    assert b"usage: llava.py" in result.stderr
+
+
+def test_a_reader_who_closes_early_ends_it_quietly(request, checkpoint):
+    command = f"{sys.executable} {request.config.rootpath / 'llava.py'} --model {checkpoint} --max-new-tokens 900 Hello"
+    result = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, timeout=120)
+    assert b"Traceback" not in result.stderr
+    assert result.returncode in (0, 1)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
+def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint):
+    main, terminal = pty.openpty()
+    command = [
+        sys.executable,
+        request.config.rootpath / "llava.py",
+        "--model",
+        checkpoint,
+        "--chat",
+        "--max-new-tokens",
+        "900",
+    ]
+    process = subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    notes = []
+    threading.Thread(target=lambda: notes.extend(iter(lambda: process.stderr.read(1), b"")), daemon=True).start()
+
+    def wait_for_prompt(count: int) -> None:
+        deadline = time.monotonic() + 60
+        while b"".join(notes).count(b"> ") < count:
+            assert time.monotonic() < deadline and process.poll() is None, b"".join(notes)
+            time.sleep(0.02)
+
+    wait_for_prompt(1)
+    os.write(main, b"Hello\n")
+    first = process.stdout.read(1)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    wait_for_prompt(2)
+    process.send_signal(signal.SIGINT)  # at the prompt it changes nothing
+    wait_for_prompt(3)
+    os.write(main, b"\x04")
+    assert process.wait(timeout=60) == 0
+    assert first + process.stdout.read() != b""
+    assert b"Traceback" not in b"".join(notes)

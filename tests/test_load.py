@@ -1,0 +1,372 @@
+"""Checkpoints of every layout, dtype and age load exactly and only once; what is saved loads elsewhere."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import LLAVA, TEXT, VISION, make_judge
+from safetensors.torch import load_file, save_file
+
+import load
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+LAYOUTS = {
+    "hub checkpoints": {
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+    },
+    "in memory since transformers 4.52": {},
+    "in memory, with vision_model": {"model.vision_tower.": "model.vision_tower.vision_model."},
+    "written by transformers 5": {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.": "",
+    },
+}
+
+
+def in_layout(judge, layout: str) -> dict[str, torch.Tensor]:
+    """The tensors of a transformers model under the names of one layout."""
+    tensors = {}
+    for name, tensor in judge.state_dict().items():
+        prefix = next((prefix for prefix in LAYOUTS[layout] if name.startswith(prefix)), "")
+        tensors[LAYOUTS[layout].get(prefix, "") + name.removeprefix(prefix)] = tensor.contiguous()
+    return tensors
+
+
+def write(folder, judge, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
+    """Writes a checkpoint folder by hand, without transformers or our own saving."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llava", **LLAVA, "text_config": TEXT, "vision_config": VISION})
+    )
+    if shards == 1:
+        save_file(tensors, folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i in range(shards):
+        part = dict(list(tensors.items())[i::shards])
+        file = f"model-{i + 1:05}-of-{shards:05}.safetensors"
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return make_judge()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@torch.no_grad()
+def test_every_layout_gives_the_logits_of_transformers(layout, shards, judge, tmp_path, prompt, check):
+    write(tmp_path, judge, in_layout(judge, layout), shards)
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    check(f"checkpoint layout: {layout}", ours(**prompt()).logits, judge(**prompt()).logits)
+
+
+def test_the_layouts_are_really_different(judge):
+    names = [frozenset(in_layout(judge, layout)) for layout in LAYOUTS]
+    assert len(set(names)) == len(LAYOUTS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_files_in_16_bits_give_the_logits_of_transformers(dtype, tmp_path, prompt, check):
+    judge = make_judge().to(dtype)
+    write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert ours.dtype == torch.float32, "a CPU computes in float32 unless it is told otherwise"
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    check(f"checkpoint in {dtype}", ours(**prompt()).logits, theirs(**prompt()).logits)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_take_the_dtype_that_is_asked_for(stored, wanted, tmp_path):
+    judge = make_judge().to(stored)
+    write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=wanted)
+    expected = judge.lm_head.weight.to(wanted)
+    assert torch.equal(ours.language_model.lm_head.weight, expected)
+    assert {parameter.dtype for parameter in ours.parameters()} == {wanted}
+
+
+def test_buffers_of_old_checkpoints_do_no_harm(judge, tmp_path):
+    tensors = in_layout(judge, "hub checkpoints")
+    tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(10)
+    tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    write(tmp_path, judge, tensors)
+    LlavaForConditionalGeneration.from_pretrained(tmp_path)
+
+
+def test_a_head_that_is_stored_though_tied_does_no_harm(tmp_path):
+    judge = make_judge(tie_word_embeddings=True)
+    write(
+        tmp_path, judge, in_layout(judge, "hub checkpoints") | {"language_model.lm_head.weight": torch.zeros(448, 64)}
+    )
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert torch.equal(ours.language_model.lm_head.weight, judge.lm_head.weight)
+
+
+def test_every_tensor_that_does_not_fit_is_named_in_one_message(judge, tmp_path):
+    tensors = in_layout(judge, "hub checkpoints")
+    del tensors["language_model.model.norm.weight"], tensors["multi_modal_projector.linear_1.bias"]
+    tensors["language_model.model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
+    tensors["language_model.lm_head.weight"] = torch.zeros(448, 63)
+    write(tmp_path, judge, tensors)
+    with pytest.raises(ValueError) as error:
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: language_model.model.norm.weight",
+        "  missing: multi_modal_projector.linear_1.bias",
+        "  unexpected: language_model.model.layers.9.mlp.up_proj.weight",
+        "  wrong shape: language_model.lm_head.weight is (448, 63), but (448, 64) by config.json",
+    ]
+
+
+# Broken folders
+
+
+BROKEN = {
+    "no such folder": (lambda folder: shutil.rmtree(folder), "there is no folder"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
+    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list"),
+    "another model": (
+        lambda folder: (folder / "config.json").write_text('{"model_type": "llava_next"}'),
+        "model type 'llava_next'; only 'llava' is supported",
+    ),
+    "another decoder": (
+        lambda folder: (folder / "config.json").write_text(
+            '{"model_type": "llava", "text_config": {"model_type": "qwen2"}}'
+        ),
+        "text model 'qwen2' is not supported",
+    ),
+    "another vision tower": (
+        lambda folder: (folder / "config.json").write_text(
+            '{"model_type": "llava", "vision_config": {"model_type": "siglip"}}'
+        ),
+        "vision model 'siglip' is not supported",
+    ),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "pickled weights": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"pickles \(pytorch_model.bin\).*refused.*safetensors",
+    ),
+    "half a file": (
+        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:9999]),
+        "model.safetensors is not a complete safetensors file",
+    ),
+    "a shard is missing": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "gone.safetensors"}}'
+        ),
+        "lacks gone.safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_folder_is_refused_with_the_reason(name, judge, tmp_path):
+    folder = tmp_path / "checkpoint"
+    write(folder, judge, in_layout(judge, "hub checkpoints"))
+    harm, sentence = BROKEN[name]
+    harm(folder)
+    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
+        LlavaForConditionalGeneration.from_pretrained(folder)
+
+
+def test_a_hub_name_without_huggingface_hub_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        load.find_folder("llava-hf/llava-1.5-7b-hf")
+
+
+def test_a_hub_name_is_fetched_with_huggingface_hub(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def snapshot_download(name, allow_patterns):
+        assert name == "llava-hf/llava-1.5-7b-hf"
+        assert not any("bin" in pattern for pattern in allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load.find_folder("llava-hf/llava-1.5-7b-hf") == tmp_path
+
+
+def test_a_hub_name_that_cannot_be_fetched_says_why():
+    with pytest.raises(FileNotFoundError, match="nobody/nothing is no folder and could not be fetched from the hub"):
+        load.find_folder("nobody/nothing")
+
+
+# config.json
+
+SPARSE = {
+    "as published": {
+        "model_type": "llava",
+        "image_token_index": 32000,
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "model_type": "llama",
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": {
+            "hidden_size": 1024,
+            "image_size": 336,
+            "intermediate_size": 4096,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 24,
+            "patch_size": 14,
+            "projection_dim": 768,
+            "vocab_size": 32000,
+        },
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+    },
+    "empty": {"model_type": "llava"},
+    "empty towers": {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama"},
+        "vision_config": {"hidden_size": 96},
+    },
+    "Mistral": {"model_type": "llava", "text_config": {"model_type": "mistral"}},
+    "old RoPE": {
+        "model_type": "llava",
+        "text_config": {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
+    },
+    "new RoPE": {
+        "model_type": "llava",
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
+    },
+    "new spellings": {
+        "model_type": "llava",
+        "image_token_id": 7,
+        "dtype": "bfloat16",
+        "text_config": {"tie_word_embeddings": True},
+    },
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_what_config_json_leaves_out_is_what_transformers_takes(name, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SPARSE[name]))
+    ours = LlavaConfig.from_dict(load.read_config(tmp_path))
+    theirs = transformers.LlavaConfig.from_pretrained(tmp_path)
+    for part in ("vision_config", "text_config"):
+        for field, value in vars(getattr(ours, part)).items():
+            expected = getattr(getattr(theirs, part), field, value)  # Mistral's config has no attention_bias, say
+            if field == "rope_parameters":
+                expected.pop("type", None)  # transformers keeps the old spelling beside the new one
+            assert value == expected, field
+    for field in ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"):
+        assert getattr(ours, field) == getattr(theirs, field)
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+    assert ours.dtype == (None if theirs.dtype is None else str(theirs.dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, [5, 6]), ({}, {"eos_token_id": 7}, [7]), ({}, {}, [2])],
+)
+def test_the_end_of_sequence_comes_from_generation_config_then_config_then_2(generation, config, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    assert LlavaConfig.from_dict(load.read_config(tmp_path)).eos_token_id == expected
+
+
+# Saving
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 200_000], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"text": {"num_key_value_heads": 2, "head_dim": 24, "attention_bias": True}},
+        {"text": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}},
+        {"text": {"model_type": "mistral", "num_key_value_heads": 2}, "vision_feature_layer": [1, -2]},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_what_we_save_transformers_loads(config, shard_bytes, make_pair, tmp_path, prompt, monkeypatch, check):
+    monkeypatch.setattr(load, "SHARD_BYTES", shard_bytes)
+    ours, _ = make_pair(**config)
+    ours.save_pretrained(tmp_path / "saved")
+    theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(info.values()), info
+    assert (len(list((tmp_path / "saved").glob("*.safetensors"))) > 1) == (shard_bytes < 10**6)
+    check("saved by us, loaded by transformers", ours(**prompt()).logits, theirs(**prompt()).logits)
+
+
+def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(checkpoint, tmp_path, prompt):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    ours = LlavaForConditionalGeneration.from_pretrained(folder)
+    before = ours(**prompt()).logits
+    ours.save_pretrained(folder)
+    assert torch.equal(ours(**prompt()).logits, before)
+    assert torch.equal(LlavaForConditionalGeneration.from_pretrained(folder)(**prompt()).logits, before)
+    assert not list(folder.glob("*.part"))
+
+
+def test_a_saved_processor_is_complete(checkpoint, tmp_path, make_pair):
+    make_pair()[0].save_pretrained(tmp_path / "saved")
+    LlavaProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
+    inputs = LlavaProcessor.from_pretrained(tmp_path / "saved")(text="a circle")
+    assert torch.equal(inputs.input_ids, LlavaProcessor.from_pretrained(checkpoint)(text="a circle").input_ids)
+
+
+def test_an_image_processor_saved_by_transformers_5_is_found(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"do_pad": True}}))
+    assert LlavaProcessor.from_pretrained(folder).image_processor.do_pad
+
+
+# Memory
+
+MEASURE = """
+import pathlib, re, sys
+import torch
+sys.path.insert(0, {root!r})
+from llava import LlavaForConditionalGeneration
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+model = LlavaForConditionalGeneration.from_pretrained({folder!r}, dtype=torch.float32)
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_converted_weights_are_never_held_twice(tmp_path, request):
+    judge = make_judge(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}).half()
+    write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
+    config = judge.config.to_dict()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    script = MEASURE.format(root=str(request.config.rootpath), folder=str(tmp_path))
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    peak, size = map(int, output.split())
+    file = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    print(f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights from a file of {file / 1e6:.0f} MB")
+    assert peak < size + 0.25 * file
