@@ -82,21 +82,27 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
             parameter.normal_(mean=0.5, std=0.2, generator=generator)
 
 
-def make_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Writes a checkpoint of about a million parameters that takes images of 56 x 56 pixels."""
-    write_processor_files(folder, image_size=56)
-    vocab_size = 448  # beyond the 422 tokens, as the real one is beyond its 32002
-    vision = CLIPVisionConfig(64, 128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
-    text = LlamaConfig(
-        vocab_size=vocab_size, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=8
-    )
+def make_checkpoint(folder: Path, vision: CLIPVisionConfig, text: LlamaConfig, seed: int = 0) -> None:
+    """Writes a checkpoint of this shape."""
+    write_processor_files(folder, vision.image_size)
     config = LlavaConfig(vision, text, image_token_id=420, pad_token_id=421)
     model = LlavaForConditionalGeneration(config)
     randomize(model, seed)
     model.save_pretrained(folder)
 
 
+# A million parameters. The vocabulary is larger than the tokenizer's 422, as that of the real checkpoints is.
+SMALL_VISION = CLIPVisionConfig(64, 128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
+SMALL_TEXT = LlamaConfig(
+    vocab_size=448,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    rms_norm_eps=1e-5,
+)
+
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python tests/random_checkpoint.py FOLDER")
-    make_checkpoint(Path(sys.argv[1]))
+    make_checkpoint(Path(sys.argv[1]), SMALL_VISION, SMALL_TEXT)
