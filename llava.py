@@ -96,11 +96,6 @@ class LlavaConfig:
         return cls(**known(cls, config) | parts)
 
     @property
-    def feature_layers(self) -> list[int]:
-        """vision_feature_layer as a list."""
-        return [self.vision_feature_layer] if isinstance(self.vision_feature_layer, int) else self.vision_feature_layer
-
-    @property
     def image_seq_length(self) -> int:
         """P: how many tokens an image becomes."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
@@ -160,27 +155,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values of all tokens so far, in memory that is taken once. The state of one conversation.
+    """The keys and values of all tokens so far: the state of a conversation, passed to the model and filled by it.
 
     Args:
-        config: of the decoder.
+        model: whose keys and values these will be.
         batch_size: B.
-        max_length: how many tokens there is room for.
-        dtype, device: those of the model.
+        max_length: tokens to have room for. `generate` makes room for what its call can need, once.
     """
 
-    def __init__(
-        self, config: LlamaConfig, batch_size: int, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, model: "LlavaForConditionalGeneration", batch_size: int = 1, max_length: int = 0) -> None:
+        config = model.config.text_config
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (layers, B, Hkv, max_length, Dh)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0  # tokens held so far
+        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)  # (layers, B, Hkv, max_length, Dh)
+        self.values = torch.empty_like(self.keys)
+        self.length = 0  # tokens held so far; setting it back forgets the last ones
         self.padding: Tensor | None = None  # (B,): how many of them, on the left, are padding
 
-    @property
-    def max_length(self) -> int:
-        return self.keys.shape[3]
+    def reserve(self, max_length: int) -> None:
+        """Makes room for so many tokens, if there is not enough."""
+        *shape, room, head_dim = self.keys.shape
+
+        def larger(old: Tensor) -> Tensor:
+            new = old.new_empty(*shape, max_length, head_dim)
+            new[..., : self.length, :] = old[..., : self.length, :]
+            return new
+
+        if max_length > room:
+            self.keys, self.values = larger(self.keys), larger(self.values)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds one layer's keys and values (B, Hkv, T, Dh); returns all of that layer (B, Hkv, length + T, Dh)."""
@@ -190,11 +191,11 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with these rows of the batch (in ascending order) and forgets the others."""
-        for target, source in enumerate(rows):
-            if target != source:
-                self.keys[:, target, :, : self.length] = self.keys[:, source, :, : self.length]
-                self.values[:, target, :, : self.length] = self.values[:, source, :, : self.length]
+        """Goes on with these rows of the batch, in ascending order, and forgets the others."""
+        for store in (self.keys, self.values):
+            for target, source in enumerate(rows):
+                if target != source:
+                    store[:, target, :, : self.length] = store[:, source, :, : self.length]
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
         self.padding = None if self.padding is None else self.padding[rows]
 
@@ -205,7 +206,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.head_dim, self.groups = config.head_dim, config.num_key_value_heads
+        self.head_dim, self.num_key_value_heads = config.head_dim, config.num_key_value_heads
         width, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
@@ -222,9 +223,9 @@ class LlamaAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)  # (B, Hkv, S, Dh)
         if x.shape[1] == 1:
-            # A single token sees everything, so the heads of a group can stand as rows before their shared keys.
-            x = F.scaled_dot_product_attention(q.view(len(q), self.groups, -1, self.head_dim), k, v, attn_mask=mask)
-            return self.o_proj(x.reshape(len(x), 1, -1))
+            # A single token sees everything, so the G heads of a group can be the rows of one head: no key is copied.
+            q = q.view(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
+            return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), 1, -1))
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -290,6 +291,8 @@ class LlamaModel(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head; `padding` (B,) counts from the left."""
         start, length = cache.length if cache else 0, x.shape[1]
+        if cache is not None:
+            cache.reserve(start + length)
         positions = torch.arange(start, start + length, device=x.device)  # (T,)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
@@ -321,9 +324,9 @@ class LlavaMultiModalProjector(nn.Module):
 
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
-        width_in = config.vision_config.hidden_size * len(config.feature_layers)
+        layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
         width, bias = config.text_config.hidden_size, config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(width_in, width, bias=bias)
+        self.linear_1 = nn.Linear(layers * config.vision_config.hidden_size, width, bias=bias)
         self.act = ACTIVATIONS[config.projector_hidden_act]
         self.linear_2 = nn.Linear(width, width, bias=bias)
 
@@ -356,14 +359,14 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
     ) -> Self:
         """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
 
         Args:
             name: the folder, or a name such as "llava-hf/llava-1.5-7b-hf".
-            dtype: of the weights in memory. None takes float32 on a CPU, which computes 16 bits slowly, and elsewhere
-                the dtype of the checkpoint.
+            dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, which
+                computes 16 bits slowly, and elsewhere the dtype of the checkpoint.
             device: where the model is to run.
 
         Raises:
@@ -371,8 +374,9 @@ class LlavaForConditionalGeneration(nn.Module):
         """
         folder, device = find_folder(name), torch.device(device)
         config = LlavaConfig.from_dict(read_config(folder))
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else getattr(torch, config.dtype or "float32")
+        if dtype == "auto":
+            dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with torch.device("meta"):  # a model with shapes but no memory
             model = cls(config)
         load_weights(model, folder, dtype, device)
@@ -382,11 +386,7 @@ class LlavaForConditionalGeneration(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, generation_config.json and the weights so that transformers, and this file, load them."""
         config = self.config.to_dict() | {"dtype": str(self.dtype).removeprefix("torch.")}
-        generation = {
-            "bos_token_id": 1,
-            "eos_token_id": self.config.eos_token_id,
-            "pad_token_id": self.config.pad_token_id,
-        }
+        generation = {"bos_token_id": 1, **{name: config[name] for name in ("eos_token_id", "pad_token_id")}}
         save_weights(self, Path(folder), config, generation)
 
     @property
@@ -484,12 +484,12 @@ class LlavaForConditionalGeneration(nn.Module):
                 the rest is computed.
 
         Raises:
-            ValueError: the prompt does not fit in the context or the cache, or has nothing new; padding on the right;
-                an option out of its range.
+            ValueError: the prompt does not fit in the context, or has nothing new for the cache, or image tokens but no
+                image, or padding on the right; or an option is out of its range.
         """
         check_sampling(temperature, top_k, top_p)
         batch_size, length = input_ids.shape
-        limit = min(self.config.text_config.context_length, cache.max_length if cache else sys.maxsize)
+        limit = self.config.text_config.context_length
         if length >= limit:
             raise ValueError(f"the prompt has {length} tokens, but only {limit - 1} fit: shorten it")
         if max_new_tokens < 0:
@@ -500,11 +500,13 @@ class LlavaForConditionalGeneration(nn.Module):
             raise ValueError(
                 f"a cache of {cache.length} tokens needs one row of more tokens, not {tuple(input_ids.shape)}"
             )
+        if pixel_values is None and cache is None and (input_ids == self.config.image_token_id).any():
+            raise ValueError("the prompt has image tokens, but there are no pixel_values")
         steps = min(max_new_tokens, limit - length)
         if steps == 0:
             return
-        if cache is None:
-            cache = KVCache(self.config.text_config, batch_size, length + steps, self.dtype, self.device)
+        cache = cache or KVCache(self, batch_size)
+        cache.reserve(length + steps)
         rows = torch.arange(batch_size, device=input_ids.device)  # those still being written
         new_ids = input_ids[:, cache.length :]
         for step in range(steps):
@@ -653,22 +655,13 @@ class LlavaProcessor:
         texts = [text] if isinstance(text, str) else text
         return self.prepare([self.tokenizer.encode(text) for text in texts], images, padding)
 
-    def chat(
-        self,
-        turns: Sequence[tuple[str, str | None]],
-        images: Image.Image | Sequence[Image.Image] | None = None,
-        system: str = "",
-    ) -> Inputs:
-        """One conversation -> the model's inputs; see `LlamaTokenizer.encode_chat` for the turns."""
-        return self.prepare([self.tokenizer.encode_chat(turns, system)[0]], images)
-
     def prepare(
         self,
         prompts: Sequence[list[int]],
         images: Image.Image | Sequence[Image.Image] | None = None,
         padding: bool = False,
     ) -> Inputs:
-        """Token ids with one `<image>` each, and images -> the model's inputs; `__call__` says more."""
+        """Ids with one `<image>` for each image, as `encode_chat` makes them -> the model's inputs; see `__call__`."""
         images = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
         image_id = self.tokenizer.image_token_id
         marks = sum(ids.count(image_id) for ids in prompts)
@@ -707,26 +700,31 @@ class LlavaProcessor:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
     parser = argparse.ArgumentParser(prog="llava.py", description="Asks a LLaVA-1.5 model about images.")
-    parser.add_argument("question", nargs="?", help="default: What is shown in this image?")
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="PATH|URL|-", help="repeat it for several images"
+    add = parser.add_argument
+    add("question", nargs="?", help="default: What is shown in this image?")
+    add("--image", action="append", default=[], metavar="PATH|URL|-", help="repeat it for several images")
+    add("--model", required=True, help="checkpoint folder, or a name on the Hugging Face hub")
+    add("--max-new-tokens", type=int, default=512, help="the longest answer (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="above 0, tokens are drawn; at 0 the likeliest is taken (default)",
     )
-    parser.add_argument("--model", required=True, help="checkpoint folder, or a name on the Hugging Face hub")
-    parser.add_argument("--max-new-tokens", type=int, default=512, help="the longest answer (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="above 0: draw tokens, do not take the likeliest"
+    add("--top-k", type=int, help="draw from the k likeliest tokens")
+    add("--top-p", type=float, help="draw from the likeliest tokens that together reach p")
+    add("--seed", type=int, help="makes drawing repeatable")
+    add(
+        "--device",
+        choices=["auto", "cuda", "mps", "cpu"],
+        default="auto",
+        help="default: the first of them that is there",
     )
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that together reach p")
-    parser.add_argument("--seed", type=int, help="makes drawing repeatable")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
-    parser.add_argument(
-        "--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to it"
-    )
-    parser.add_argument("--short", action="store_true", help="ask for a single word or phrase")
-    parser.add_argument("--chat", action="store_true", help="go on asking: Ctrl-C stops an answer, Ctrl-D leaves")
-    parser.add_argument("--stats", action="store_true", help="print speed and memory on stderr")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
+    add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
+    add("--short", action="store_true", help="ask for a single word or phrase")
+    add("--chat", action="store_true", help="go on asking: Ctrl-C stops an answer, Ctrl-D leaves")
+    add("--stats", action="store_true", help="print speed and memory on stderr")
     args = parser.parse_args(argv)
     try:
         check_sampling(args.temperature, args.top_k, args.top_p)
@@ -734,40 +732,20 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens must be 1 or more")
-    if not args.image and not args.question and not args.chat:
+    if not (args.image or args.question or args.chat):
         parser.error("give a question, an --image, or both")
     if args.image.count("-") > 1 or ("-" in args.image and args.chat):
         parser.error("standard input (-) can be one image, and then no --chat")
-    args.question = args.question or (None if args.chat else "What is shown in this image?")
     return args
 
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`; "auto" is the fastest there is. Raises a ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(name for name, available in there.items() if available)
+    name = next(device for device in there if there[device]) if name == "auto" else name
     if not there[name]:
         raise ValueError(f"there is no {name} device on this machine; try --device cpu")
     return torch.device(name)
-
-
-def questions(args: argparse.Namespace) -> Iterator[str]:
-    """The question of the command line and, in a chat, those that are typed until Ctrl-D."""
-    if args.question:
-        yield args.question
-    while args.chat:
-        print("> ", end="", file=sys.stderr, flush=True)
-        try:
-            question = input().strip()
-        except EOFError:
-            print(file=sys.stderr)
-            return
-        except KeyboardInterrupt:  # at the prompt there is no answer to stop
-            print(file=sys.stderr)
-            continue
-        if question:
-            yield question
 
 
 def peak_memory(device: torch.device) -> str:
@@ -782,31 +760,45 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
 
 
-def stream_answer(
-    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, args: argparse.Namespace, **inputs: object
-) -> list[int]:
+def questions(args: argparse.Namespace) -> Iterator[str]:
+    """The question of the command line and, in a chat, those that are typed until Ctrl-D."""
+    if args.question or not args.chat:
+        yield args.question or "What is shown in this image?"
+    while args.chat:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            question = input()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:  # at the prompt there is no answer to stop
+            print(file=sys.stderr)
+            continue
+        if question.strip():
+            yield question
+
+
+def print_answer(tokens: Iterator[Tensor], tokenizer: LlamaTokenizer, args: argparse.Namespace) -> list[int]:
     """Prints an answer while it is written, and returns its ids. In a chat, Ctrl-C ends it early."""
     ids: list[int] = []
     times = [time.perf_counter()]
 
-    def chosen() -> Iterator[int]:
-        options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-        for tokens in model.generate_stream(**inputs, **options, top_k=args.top_k, top_p=args.top_p):
-            ids.append(tokens.item())
+    def recorded() -> Iterator[int]:
+        for token in tokens:
+            ids.append(token.item())
             times.append(time.perf_counter())
             yield ids[-1]
 
     try:
-        for text in tokenizer.stream(chosen(), skip_special_tokens=True):
+        for text in tokenizer.stream(recorded(), skip_special_tokens=True):
             print(text, end="", flush=True)
     except KeyboardInterrupt:
         if not args.chat:
             raise
     print(flush=True)
     if args.stats and ids:
-        speed = f"{(len(ids) - 1) / (times[-1] - times[1]):.1f} tokens/s after it, " if len(ids) > 1 else ""
-        first = f"first of {len(ids)} tokens after {times[1] - times[0]:.2f} s, "
-        print(f"{first}{speed}peak memory {peak_memory(model.device)}", file=sys.stderr)
+        speed = (len(ids) - 1) / (times[-1] - times[1]) if len(ids) > 1 else 0.0
+        print(f"first token {times[1] - times[0]:.2f} s, then {speed:.1f} tokens/s for {len(ids) - 1}", file=sys.stderr)
     return ids
 
 
@@ -815,44 +807,42 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     images = [load_image(source) for source in args.image]
     processor = LlavaProcessor.from_pretrained(args.model)
+    tokenizer = processor.tokenizer
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=dtype, device=device)
-    context = model.config.text_config.context_length
-    cache = KVCache(model.config.text_config, 1, context, model.dtype, device) if args.chat else None
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, device=device)
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
 
-    conversation = torch.empty(1, 0, dtype=torch.long)  # the ids of all finished turns
-    pixel_values = None
+    cache = KVCache(model)
+    conversation = torch.empty(1, 0, dtype=torch.long, device=device)  # the ids of the turns so far
     for question in questions(args):
         question += SHORT_ANSWER if args.short else ""
         first_turn = conversation.shape[1] == 0
         if first_turn and IMAGE_TOKEN not in question:
             question = f"{IMAGE_TOKEN}\n" * len(images) + question
         try:
-            turn, _ = processor.tokenizer.encode_chat([(question, None)], continued=not first_turn)
-            inputs = processor.prepare([turn], images if first_turn else None)
-            pixel_values = inputs.get("pixel_values", pixel_values)
+            turn, _ = tokenizer.encode_chat([(question, None)], continued=not first_turn)
+            inputs = processor.prepare([turn], images if first_turn else None).to(device)
             prompt = torch.cat([conversation, inputs.input_ids], dim=1)
-            seen = cache is not None and cache.length > 0  # the images, in an earlier turn
-            answer = stream_answer(
-                model,
-                processor.tokenizer,
-                args,
-                input_ids=prompt.to(device),
-                pixel_values=None if seen or pixel_values is None else pixel_values.to(device),
-                generator=generator,
-                cache=cache,
+            tokens = model.generate_stream(
+                prompt, inputs.get("pixel_values"), **options, generator=generator, cache=cache
             )
+            answer = print_answer(tokens, tokenizer, args)
         except ValueError as error:
             if not args.chat:
                 raise
             print(f"llava.py: {error}", file=sys.stderr)
             continue
-        end = [] if answer and answer[-1] in model.config.eos_token_id else [processor.tokenizer.eos_token_id]
-        conversation = torch.cat([prompt, torch.tensor([answer + end])], dim=1)
+        if not answer:  # stopped before the first token: as if it had not been asked
+            cache.length = min(cache.length, conversation.shape[1])
+            continue
+        if answer[-1] not in model.config.eos_token_id:
+            answer.append(tokenizer.eos_token_id)
+        conversation = torch.cat([prompt, torch.tensor([answer], device=device)], dim=1)
+    if args.stats:
+        print(f"peak memory {peak_memory(device)}", file=sys.stderr)
 
 
 def main() -> None:

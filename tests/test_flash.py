@@ -41,7 +41,7 @@ def model(request, make_pair):
 @torch.no_grad()
 def test_prompt_decoding_and_second_turn_run_in_the_flash_kernel_without_a_mask(model, prompt, masks):
     inputs = {name: tensor.to(model.device) for name, tensor in prompt().items()}
-    cache = llava.KVCache(model.config.text_config, 1, 128, model.dtype, model.device)
+    cache = llava.KVCache(model)
     steps = [inputs, {"input_ids": inputs["input_ids"][:, :1]}, {"input_ids": inputs["input_ids"][:, :7]}]
     kinds = []
     for step in steps:

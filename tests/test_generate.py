@@ -28,7 +28,7 @@ def batch(processor):
 
 
 def new_cache(model, max_length=256, batch_size=1) -> KVCache:
-    return KVCache(model.config.text_config, batch_size, max_length, model.dtype, model.device)
+    return KVCache(model, batch_size, max_length)
 
 
 @pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "head_dim": 24}], ids=str)
@@ -176,6 +176,18 @@ def test_the_cache_is_allocated_once(make_pair, prompt):
     assert cache.length == 20 + 9 + 19
 
 
+def test_a_cache_makes_room_once_for_what_a_call_can_need(make_pair, prompt):
+    ours, _ = make_pair()
+    inputs = prompt()
+    cache, pointers = KVCache(ours), set()
+    ours.language_model.model.norm.register_forward_hook(lambda *args: pointers.add(cache.keys.data_ptr()))
+    first = ours.generate(**inputs, max_new_tokens=20, cache=cache)
+    assert (len(pointers), cache.keys.shape[3]) == (1, 20 + 9 + 20)
+    second = ours.generate(torch.cat([first, inputs["input_ids"][:, :5]], 1), max_new_tokens=20, cache=cache)
+    assert (len(pointers), cache.keys.shape[3]) == (2, 20 + 9 + 20 + 5 + 20)
+    assert torch.equal(second, ours.generate(second[:, :54], inputs["pixel_values"], max_new_tokens=20))
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -198,11 +210,17 @@ def test_what_cannot_be_generated_is_refused_with_the_reason(change, sentence, m
         ours.generate(**{**prompt(images=0), **change})
 
 
-@pytest.mark.parametrize(("rows", "max_length", "filled"), [(2, 256, 0), (1, 256, 20), (1, 20, 0)])
-def test_a_cache_that_does_not_fit_the_prompt_is_refused(rows, max_length, filled, make_pair, prompt):
+@pytest.mark.parametrize(("rows", "filled"), [(2, 0), (1, 20)])
+def test_a_cache_that_does_not_fit_the_prompt_is_refused(rows, filled, make_pair, prompt):
     ours, _ = make_pair()
     ids = prompt(images=0)["input_ids"].expand(rows, -1)
-    cache = new_cache(ours, max_length)
+    cache = new_cache(ours)
     cache.length = filled
-    with pytest.raises(ValueError, match=r"cache of|only 19 fit"):
+    with pytest.raises(ValueError, match=f"a cache of {filled} tokens needs one row of more tokens"):
         ours.generate(ids, cache=cache)
+
+
+def test_image_tokens_without_images_are_refused(make_pair, prompt):
+    ours, _ = make_pair()
+    with pytest.raises(ValueError, match="has image tokens, but there are no pixel_values"):
+        ours.generate(prompt()["input_ids"])
