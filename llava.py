@@ -1,8 +1,8 @@
 """LLaVA-1.5: a picture and a question in, an answer out.
 
-    input_ids (B, T) --embed_tokens--------------------------------------+
-                                                                         v
-    pixel_values (N, 3, S, S) --CLIP (vision.py)--> (N, P, Dv) --MLP--> (B, T, D) --Llama--> logits (B, T, V)
+    input_ids (B, T) --embed_tokens-------------------------------------------+
+                                                                              v
+    pixel_values (N, 3, 336, 336) --CLIP--> (N, P, Dv) --MLP--> (N, P, D) --> (B, T, D) --Llama--> logits (B, T, V)
 
 The picture's P features, projected to the width D of the word embeddings, take the places of the P `<image>` tokens in
 the prompt. From there on the decoder treats them like words. This file has the projector, the Llama decoder with its
@@ -15,6 +15,7 @@ transformers' modeling_llava.py and modeling_llama.py. Parameter names are those
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
-from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, LlamaTokenizer
+from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
 
 
@@ -97,7 +98,7 @@ class LlavaConfig:
 
     @property
     def image_seq_length(self) -> int:
-        """P: how many tokens an image becomes."""
+        """P: how many tokens an image becomes; with "full" that is one more than it has patches."""
         patches = (self.vision_config.image_size // self.vision_config.patch_size) ** 2
         return patches + (self.vision_feature_select_strategy == "full")
 
@@ -136,6 +137,7 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
     they are, and blends in between.
     """
     rope = config.rope_parameters
+    # On the CPU even where the model is built on the meta device, for these are no weights that loading would fill in.
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     frequencies = 1.0 / rope["rope_theta"] ** exponents
     if rope["rope_type"] == "linear":
@@ -191,7 +193,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def keep(self, rows: list[int]) -> None:
-        """Goes on with these rows of the batch, in ascending order, and forgets the others."""
+        """Keeps only these rows of the batch, in ascending order."""
         for store in (self.keys, self.values):
             for target, source in enumerate(rows):
                 if target != source:
@@ -267,15 +269,16 @@ def causal_mask(length: int, start: int, padding: Tensor | None, device: torch.d
     """What `length` new tokens after `start` cached ones may see, in the cheapest form that says it.
 
     Without padding nothing has to be spelled out, and attention can take its flash kernels: None means "causal" for a
-    whole prompt and "everything" for a single token, and for several tokens after a prefix there is a description of
-    the lower-right triangle. Only a padded batch needs a mask tensor, (B, 1, T, S), True where a token may look.
+    whole prompt and "everything" for a single token (`LlamaAttention` tells them apart), and for several tokens after a
+    prefix there is a description of the lower-right triangle. Only a padded batch needs a mask tensor, (B, 1, T, S),
+    True where a token may look.
     """
     if padding is None:
         return causal_lower_right(length, start + length) if start > 0 and length > 1 else None
-    keys = torch.arange(start + length, device=device)  # (S,)
-    queries = keys[start:, None]  # (T, 1)
-    seen = (keys <= queries) & (keys >= padding[:, None, None])  # (B, T, S)
-    return (seen | (keys == queries))[:, None]  # a padding token sees itself, since softmax needs something to weigh
+    key_index = torch.arange(start + length, device=device)  # (S,)
+    query_index = key_index[start:, None]  # (T, 1)
+    seen = (key_index <= query_index) & (key_index >= padding[:, None, None])  # (B, T, S)
+    return (seen | (key_index == query_index))[:, None]  # padding sees itself: softmax needs something to weigh
 
 
 class LlamaModel(nn.Module):
@@ -290,14 +293,14 @@ class LlamaModel(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
         """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head; `padding` (B,) counts from the left."""
-        start, length = cache.length if cache else 0, x.shape[1]
+        length, start = x.shape[1], 0
         if cache is not None:
+            start = cache.length
             cache.reserve(start + length)
         positions = torch.arange(start, start + length, device=x.device)  # (T,)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
-        self.frequencies = self.frequencies.to(x.device)
-        angles = positions[..., None] * self.frequencies.repeat(2)  # (T, Dh) or (B, 1, T, Dh)
+        angles = positions[..., None] * self.frequencies.to(x.device).repeat(2)  # (T, Dh) or (B, 1, T, Dh)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = causal_mask(length, start, padding, x.device)
         for layer in self.layers:
@@ -308,7 +311,10 @@ class LlamaModel(nn.Module):
 
 
 class LlamaForCausalLM(nn.Module):
-    """The decoder and its head, which turns a hidden state into a logit for each token of the vocabulary."""
+    """The decoder and its head, hidden states to logits, under one name as in the checkpoints.
+
+    It has no forward of its own: LLaVA comes in between, with image features on one side and positions on the other.
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -398,16 +404,15 @@ class LlavaForConditionalGeneration(nn.Module):
         return self.language_model.model.embed_tokens.weight.device
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """pixel_values (N, 3, S, S) -> what the decoder sees of them (N, P, D)."""
+        """pixel_values (N, 3, 336, 336) -> what the decoder sees of them (N, P, D)."""
         config = self.config
         features = self.vision_tower(pixel_values, config.vision_feature_layer, config.vision_feature_select_strategy)
         return self.multi_modal_projector(features)
 
-    def get_input_embeddings(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
+    def embed(self, input_ids: Tensor, pixel_values: Tensor | None = None) -> Tensor:
         """Word embeddings with the image features in the places of the `<image>` tokens: (B, T) -> (B, T, D).
 
-        Raises:
-            ValueError: there are not P image tokens for each image.
+        Raises a ValueError if there are not P image tokens for each image.
         """
         embeddings = self.language_model.model.embed_tokens(input_ids)
         if pixel_values is None:
@@ -433,22 +438,24 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Args:
             input_ids: (B, T), with P `<image>` tokens for each image; after a cached prefix, only what is new.
-            pixel_values: (N, 3, S, S), the images in the order of their tokens.
+            pixel_values: (N, 3, 336, 336), the images in the order of their tokens.
             attention_mask: (B, T), 0 for padding on the left. (Padding on the right needs no mask: no token sees it.)
-            cache: takes up the keys and values of these tokens; attention reaches back to all that it holds.
-            logits_to_keep: run the head on the last n positions only, or on those where a (B, T) mask is True, which
-                gives logits (M, V). 0 means all.
+            cache: stores the keys and values of these tokens, and attention reaches back to all that it holds. It is
+                for inference: nothing can be trained through it.
+            logits_to_keep: run the head on the last n positions only (0: on all), or on the M positions where a mask
+                (B, T) is True, which gives logits (M, V).
 
-        Raises:
-            ValueError: the image tokens do not fit the images, or the mask has holes.
+        Raises a ValueError if the image tokens do not fit the images or the mask does not fit the tokens.
         """
-        padding = cache.padding if cache else None
-        if attention_mask is not None and (cache is None or cache.length == 0):
-            padding = left_padding(attention_mask)
+        if cache is not None and cache.length > 0:
+            padding = cache.padding
+        else:
+            padding = None if attention_mask is None else left_padding(attention_mask, input_ids.shape)
             if cache is not None:
                 cache.padding = padding
-        hidden = self.language_model.model(self.get_input_embeddings(input_ids, pixel_values), cache, padding)
-        hidden = hidden[:, -logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[logits_to_keep]
+        hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
+        last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
+        hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
         return LlavaOutput(self.language_model.lm_head(hidden))
 
     def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -475,23 +482,20 @@ class LlavaForConditionalGeneration(nn.Module):
         it. All of it ends when all rows have, or after `max_new_tokens`, or when the context is full.
 
         Args:
-            input_ids: (B, T), the whole prompt.
-            pixel_values: (N, 3, S, S), the images that belong to the uncached part of the prompt.
+            input_ids: (B, T), the whole prompt, also where the cache holds its beginning.
+            pixel_values: (N, 3, 336, 336), the images that belong to the uncached part of the prompt.
             attention_mask: (B, T), 0 for padding, which must be on the left.
             max_new_tokens: the most tokens to choose.
             temperature, top_k, top_p, generator: see `choose_token`.
-            cache: a conversation of one row to go on with. `input_ids` begins with the tokens that it holds, and only
-                the rest is computed.
+            cache: a conversation of one row to go on with; only the tokens that it does not hold are computed.
 
-        Raises:
-            ValueError: the prompt does not fit in the context, or has nothing new for the cache, or image tokens but no
-                image, or padding on the right; or an option is out of its range.
+        Raises a ValueError that names the argument that cannot be right.
         """
         check_sampling(temperature, top_k, top_p)
         batch_size, length = input_ids.shape
         limit = self.config.text_config.context_length
         if length >= limit:
-            raise ValueError(f"the prompt has {length} tokens, but only {limit - 1} fit: shorten it")
+            raise ValueError(f"there are {length} tokens, but only {limit - 1} fit: shorten the prompt or begin anew")
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens is {max_new_tokens}, but cannot be negative")
         if attention_mask is not None and not attention_mask[:, -1].all():
@@ -500,8 +504,6 @@ class LlavaForConditionalGeneration(nn.Module):
             raise ValueError(
                 f"a cache of {cache.length} tokens needs one row of more tokens, not {tuple(input_ids.shape)}"
             )
-        if pixel_values is None and cache is None and (input_ids == self.config.image_token_id).any():
-            raise ValueError("the prompt has image tokens, but there are no pixel_values")
         steps = min(max_new_tokens, limit - length)
         if steps == 0:
             return
@@ -509,6 +511,8 @@ class LlavaForConditionalGeneration(nn.Module):
         cache.reserve(length + steps)
         rows = torch.arange(batch_size, device=input_ids.device)  # those still being written
         new_ids = input_ids[:, cache.length :]
+        if pixel_values is None and (new_ids == self.config.image_token_id).any():
+            raise ValueError("the prompt has image tokens, but there are no pixel_values")
         for step in range(steps):
             logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
             chosen = choose_token(logits, temperature, top_k, top_p, generator)
@@ -525,12 +529,13 @@ class LlavaForConditionalGeneration(nn.Module):
             new_ids = chosen[:, None]
 
 
-def left_padding(attention_mask: Tensor) -> Tensor | None:
+def left_padding(attention_mask: Tensor, shape: torch.Size) -> Tensor | None:
     """How many zeros each row of a mask (B, T) begins with: (B,), or None if there are none in all of it.
 
-    Raises:
-        ValueError: a row has zeros between its ones, or nothing but zeros.
+    Raises a ValueError if the shape is not this one, or a row has zeros between its ones or nothing but zeros.
     """
+    if attention_mask.shape != shape:
+        raise ValueError(f"the attention_mask has the shape {tuple(attention_mask.shape)}, not {tuple(shape)}")
     real = attention_mask.bool()
     left = (real.cumsum(1) == 0).sum(1)
     right = (real.flip(1).cumsum(1) == 0).sum(1)
@@ -592,7 +597,10 @@ def choose_token(
 class Inputs(dict):
     """The model's arguments by name; `inputs.input_ids` is `inputs["input_ids"]`."""
 
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in self:
+            raise AttributeError(f"the inputs have no {name}")
+        return self[name]
 
     def to(self, device: torch.device | str) -> Self:
         """All tensors on another device."""
@@ -611,21 +619,17 @@ class LlavaProcessor:
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer
+        self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
         self.image_seq_length = image_seq_length
         self.folder = folder  # whose files `save_pretrained` copies
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
-        """Loads from the folder, or the hub repository, that holds the model.
-
-        Raises:
-            FileNotFoundError, ValueError: a file is missing or wrong; the message says which.
-        """
+        """Loads from the folder, or the hub repository, that holds the model."""
         folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
         nested = read_json(folder / "processor_config.json", missing={}).get("image_processor")  # of transformers 5
-        settings = read_json(folder / "preprocessor_config.json", missing=nested)
-        image_processor = LlavaImageProcessor.from_dict(settings)
+        image_processor = LlavaImageProcessor.from_dict(nested or read_json(folder / "preprocessor_config.json"))
         return cls(image_processor, LlamaTokenizer.from_pretrained(folder), config.image_seq_length, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -639,7 +643,7 @@ class LlavaProcessor:
         padding: bool = False,
         return_tensors: str = "pt",
     ) -> Inputs:
-        """Images and raw prompts -> `input_ids` and `attention_mask` (B, T), `pixel_values` (N, 3, S, S).
+        """Images and raw prompts -> `input_ids` and `attention_mask` (B, T), `pixel_values` (N, 3, 336, 336).
 
         Args:
             images: one or several, in the order of the `<image>` marks in all of the texts.
@@ -685,20 +689,12 @@ class LlavaProcessor:
             inputs["pixel_values"] = self.image_processor(images)
         return inputs
 
-    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """The text behind one row of ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens)
-
-    def batch_decode(self, sequences: Sequence[Sequence[int]] | Tensor, skip_special_tokens: bool = False) -> list[str]:
-        """The text behind each row of ids."""
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens)
-
 
 # The command line
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
+    """Reads the command line; wrong options end in a usage message and exit code 2."""
     parser = argparse.ArgumentParser(prog="llava.py", description="Asks a LLaVA-1.5 model about images.")
     add = parser.add_argument
     add("question", nargs="?", help="default: What is shown in this image?")
@@ -723,6 +719,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
     add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
     add("--short", action="store_true", help="ask for a single word or phrase")
+    add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="open with this sentence, or with Vicuna's own")
     add("--chat", action="store_true", help="go on asking: Ctrl-C stops an answer, Ctrl-D leaves")
     add("--stats", action="store_true", help="print speed and memory on stderr")
     args = parser.parse_args(argv)
@@ -736,6 +733,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give a question, an --image, or both")
     if args.image.count("-") > 1 or ("-" in args.image and args.chat):
         parser.error("standard input (-) can be one image, and then no --chat")
+    if args.seed is not None and not 0 <= args.seed < 2**63:
+        parser.error("--seed must be 0 or more, and below 2**63")
     return args
 
 
@@ -764,9 +763,12 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
     """The question of the command line and, in a chat, those that are typed until Ctrl-D."""
     if args.question or not args.chat:
         yield args.question or "What is shown in this image?"
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - where it exists, it lets input() edit lines and remember them
     while args.chat:
-        print("> ", end="", file=sys.stderr, flush=True)
         try:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
             question = input()
         except EOFError:
             print(file=sys.stderr)
@@ -778,28 +780,22 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
             yield question
 
 
-def print_answer(tokens: Iterator[Tensor], tokenizer: LlamaTokenizer, args: argparse.Namespace) -> list[int]:
-    """Prints an answer while it is written, and returns its ids. In a chat, Ctrl-C ends it early."""
-    ids: list[int] = []
+def print_answer(tokens: Iterator[Tensor], answer: list[int], tokenizer: LlamaTokenizer, stats: bool) -> None:
+    """Prints an answer while it is written, and puts its ids into `answer`."""
     times = [time.perf_counter()]
 
     def recorded() -> Iterator[int]:
         for token in tokens:
-            ids.append(token.item())
+            answer.append(token.item())
             times.append(time.perf_counter())
-            yield ids[-1]
+            yield answer[-1]
 
-    try:
-        for text in tokenizer.stream(recorded(), skip_special_tokens=True):
-            print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        if not args.chat:
-            raise
+    for text in tokenizer.stream(recorded(), skip_special_tokens=True):
+        print(text, end="", flush=True)
     print(flush=True)
-    if args.stats and ids:
-        speed = (len(ids) - 1) / (times[-1] - times[1]) if len(ids) > 1 else 0.0
-        print(f"first token {times[1] - times[0]:.2f} s, then {speed:.1f} tokens/s for {len(ids) - 1}", file=sys.stderr)
-    return ids
+    if stats:
+        speed = (len(answer) - 1) / (times[-1] - times[1]) if len(answer) > 1 else 0.0
+        print(f"first token {times[1] - times[0]:.2f} s, then {speed:.1f} tokens/s", file=sys.stderr)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -818,48 +814,62 @@ def run(args: argparse.Namespace) -> None:
     cache = KVCache(model)
     conversation = torch.empty(1, 0, dtype=torch.long, device=device)  # the ids of the turns so far
     for question in questions(args):
-        question += SHORT_ANSWER if args.short else ""
+        answer: list[int] = []
         first_turn = conversation.shape[1] == 0
-        if first_turn and IMAGE_TOKEN not in question:
-            question = f"{IMAGE_TOKEN}\n" * len(images) + question
         try:
-            turn, _ = tokenizer.encode_chat([(question, None)], continued=not first_turn)
+            question += SHORT_ANSWER if args.short else ""
+            if first_turn and IMAGE_TOKEN not in question:
+                question = f"{IMAGE_TOKEN}\n" * len(images) + question
+            turn, _ = tokenizer.encode_chat([(question, None)], args.system * first_turn, continued=not first_turn)
             inputs = processor.prepare([turn], images if first_turn else None).to(device)
             prompt = torch.cat([conversation, inputs.input_ids], dim=1)
-            tokens = model.generate_stream(
-                prompt, inputs.get("pixel_values"), **options, generator=generator, cache=cache
-            )
-            answer = print_answer(tokens, tokenizer, args)
+            pixels = inputs.get("pixel_values")
+            tokens = model.generate_stream(prompt, pixels, **options, generator=generator, cache=cache)
+            print_answer(tokens, answer, tokenizer, args.stats)
+        except KeyboardInterrupt:
+            if not args.chat:
+                raise
+            print(flush=True)
         except ValueError as error:
             if not args.chat:
                 raise
             print(f"llava.py: {error}", file=sys.stderr)
-            continue
         if not answer:  # stopped before the first token: as if it had not been asked
             cache.length = min(cache.length, conversation.shape[1])
             continue
         if answer[-1] not in model.config.eos_token_id:
+            print(f"llava.py: the answer is cut off after {len(answer)} tokens", file=sys.stderr)
             answer.append(tokenizer.eos_token_id)
         conversation = torch.cat([prompt, torch.tensor([answer], device=device)], dim=1)
     if args.stats:
         print(f"peak memory {peak_memory(device)}", file=sys.stderr)
 
 
+def sentence(error: Exception) -> str:
+    """What went wrong, for a person; for errors that nobody foresaw it also says how to see more."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError | ValueError):
+        return str(error)
+    return f"{type(error).__name__}: {error} (LLAVA_DEBUG=1 shows where)"
+
+
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
+        if sys.stdout is not None:  # as it is if it was closed from the start
+            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
         run(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
         sys.exit("llava.py: standard output was closed before the answer was complete")
     except KeyboardInterrupt:
-        sys.exit("llava.py: interrupted")
+        sys.exit("\nllava.py: interrupted")
     except Exception as error:
         if os.environ.get("LLAVA_DEBUG"):
             raise
-        sys.exit(f"llava.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+        sys.exit(f"llava.py: {sentence(error)}")
 
 
 if __name__ == "__main__":

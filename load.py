@@ -42,8 +42,9 @@ TEXT_DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-# The layouts of tensor names: (prefix in the file, prefix here). Here means: as transformers 5 writes them. The first
-# two lines come from transformers 4.52 and later, the third from the checkpoints on the hub. The order matters.
+ROPE_TYPES = ("default", "linear", "llama3")
+# The layouts of tensor names: (prefix in the file, our prefix), to be replaced in this order. Our names are those that
+# transformers 5 writes. The others are its names in memory (lines 1, 2 and 4) and those of the hub (line 3).
 PREFIXES = [
     ("model.language_model.", "language_model.model."),
     ("model.", ""),
@@ -55,25 +56,13 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 5 * 10**9  # the largest file that saving writes
 BIG = 10**9  # bytes of weights that take long enough to load for a progress bar
 # Everything of a folder but its weights and their config: what belongs to the tokenizer and the image processor.
-PROCESSOR_FILES = [
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "chat_template.json",
-    "chat_template.jinja",
-]
+PROCESSOR_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
+PROCESSOR_FILES += ["special_tokens_map.json", "preprocessor_config.json", "processor_config.json"]
+PROCESSOR_FILES += ["chat_template.json", "chat_template.jinja"]
 
 
 def find_folder(name: str | Path) -> Path:
-    """The folder called `name`, or the downloaded copy of the hub repository of that name.
-
-    Raises:
-        FileNotFoundError: there is neither, with what to do about it.
-    """
+    """The folder called `name`, or the fetched copy of the hub repository of that name; else a FileNotFoundError."""
     folder = Path(name)
     if folder.is_dir():
         return folder
@@ -95,12 +84,7 @@ def find_folder(name: str | Path) -> Path:
 
 
 def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The object in a JSON file, or `missing` if that is given and there is no such file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it holds something else.
-    """
+    """The object in a JSON file. Without the file: `missing`, or a FileNotFoundError. Otherwise a ValueError."""
     if not path.is_file():
         if missing is None:
             raise FileNotFoundError(f"{path.parent} has no {path.name}")
@@ -124,9 +108,7 @@ def read_config(folder: Path) -> dict:
     `dtype`, `rope_theta` and `rope_scaling` for `rope_parameters`. What is still left out gets its default from the
     dataclasses that take this dict. `eos_token_id`, a list, comes from generation_config.json, config.json or is [2].
 
-    Raises:
-        FileNotFoundError: no config.json.
-        ValueError: the file is damaged or describes another kind of model.
+    Raises a FileNotFoundError if there is no config.json, a ValueError if it is damaged or of another kind of model.
     """
     raw = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json", missing={})
@@ -158,21 +140,21 @@ def read_config(folder: Path) -> dict:
         "eos_token_id": eos,
         "pad_token_id": first("pad_token_id", eos[0]),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
-        "vision_config": _present(vision),
-        "text_config": TEXT_DEFAULTS[text_type] | _present(text) | {"rope_parameters": _rope_parameters(text)},
+        "vision_config": vision,
+        "text_config": TEXT_DEFAULTS[text_type] | text | {"rope_parameters": _rope_parameters(text)},
     }
 
 
-def _present(config: dict) -> dict:
-    """Without the fields that are null, which mean the default."""
-    return {name: value for name, value in config.items() if value is not None}
-
-
 def _rope_parameters(text: dict) -> dict:
-    """RoPE's settings as one dict, from the new spelling or the old: rope_theta and rope_scaling."""
+    """RoPE's settings as one dict, from the new spelling or the old: rope_theta and rope_scaling.
+
+    Raises a ValueError for a kind of RoPE that would give wrong logits here.
+    """
     old = text.get("rope_scaling") or {}
     rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **(text.get("rope_parameters") or {})}
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    if rope["rope_type"] not in ROPE_TYPES:
+        raise ValueError(f"RoPE of type {rope['rope_type']!r} is not supported, only {', '.join(ROPE_TYPES)}")
     return rope
 
 
@@ -196,18 +178,17 @@ def our_name(name: str) -> str:
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Reads the headers of a folder's weights: name here -> where that tensor lies.
+    """Reads the headers of a folder's weights: our name -> where that tensor lies.
 
-    Raises:
-        FileNotFoundError: there are no weights, or a shard is missing.
-        ValueError: the weights are pickles, which can run code, or a file is damaged.
+    Raises a FileNotFoundError if there are no weights or a shard is missing, and a ValueError if a file is damaged or
+    the weights are pickles, which can run code.
     """
     index = read_json(folder / "model.safetensors.index.json", missing={})
     files = sorted({folder / name for name in index.get("weight_map", {}).values()} or folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if not pickles:
-            raise FileNotFoundError(f"{folder} has no weights (*.safetensors)")
+            raise FileNotFoundError(f"{folder} has no weights in safetensors format, which are the only ones loaded")
         raise ValueError(
             f"{folder} has its weights as pickles ({', '.join(pickles)}). Loading a pickle can run any code that its "
             "author put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the "
@@ -229,14 +210,13 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Gives a model that was built on the meta device its weights, one tensor at a time.
+    """Loads the weights into a model that was built on the meta device, one tensor at a time.
 
     A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
     converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
     back only when the mapping ends. So memory never holds the weights twice.
 
-    Raises:
-        ValueError: names every tensor that is missing, unexpected or of the wrong shape.
+    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape.
     """
     stored = find_tensors(folder)
     wanted = dict(model.named_parameters())  # a tied parameter under its first name only
@@ -267,9 +247,6 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
 
     Weights beyond 5 GB go into several shards. A file gets its final name when it is complete, so a model can be saved
     over the very files that its weights are mapped from.
-
-    Raises:
-        OSError: the disk is full or cannot be written to.
     """
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[list[str]] = [[]]
@@ -282,22 +259,23 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
     weight_map = {}
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {_hub_name(name): parameters[name].detach().cpu().contiguous() for name in names}
+        tensors = {
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1): parameters[name].detach().cpu().contiguous()
+            for name in names
+        }
         save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
         os.replace(folder / f"{file}.part", folder / file)
         weight_map |= dict.fromkeys(tensors, file)
-    for stale in set(folder.glob("model*.safetensors*")) - {folder / file for file in weight_map.values()}:
-        stale.unlink()  # of an earlier save with another number of shards
+    index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        index.unlink(missing_ok=True)
+    for old in [folder / "model.safetensors", *folder.glob("model-?????-of-?????.safetensors")]:
+        if old.name not in weight_map.values():
+            old.unlink(missing_ok=True)  # left by an earlier save with another number of shards
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config)
-
-
-def _hub_name(name: str) -> str:
-    """The name on the hub of one of our parameters."""
-    return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -1,7 +1,7 @@
 """Words: text to token ids and back, and the chat prompt that LLaVA was trained on.
 
     "USER: <image>\\nWhat is this? ASSISTANT:"  ->  [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, ...]
-    [319, 6635, 29889, 2]                      ->  "A cat."
+    [319, 6635, 29889]                         ->  "A cat."
 
 LLaVA speaks Llama's SentencePiece BPE (`tokenizer.model`: 32000 pieces, byte fallback, a space put in front of every
 text) and the tokens that LLaVA added behind it: `<image>` 32000 marks where a picture goes, `<pad>` 32001 fills up
@@ -34,14 +34,11 @@ class LlamaTokenizer:
     """A SentencePiece model and the tokens that were added behind its vocabulary.
 
     Args:
-        model_file: path of `tokenizer.model`.
+        model_file: the SentencePiece model; a ValueError says if it is none.
         added_tokens: text of each added token -> its id; `<image>` has to be among them.
         special: those added tokens that `skip_special_tokens` leaves out of decoded text; None means all of them.
         add_bos_token: whether encoded text opens with `<s>`.
         pad_token: the token that fills up batches; where there is no such token, `<unk>` serves.
-
-    Raises:
-        ValueError: `model_file` is no SentencePiece model, or `<image>` is missing.
     """
 
     def __init__(
@@ -74,19 +71,22 @@ class LlamaTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "LlamaTokenizer":
         """Reads `tokenizer.model` and, where they exist, `added_tokens.json` and `tokenizer_config.json`.
 
-        Raises:
-            FileNotFoundError: there is no tokenizer.model.
-            ValueError: a file is damaged, or `<image>` is missing.
+        Raises a FileNotFoundError or ValueError that names the file that is missing or damaged.
         """
         folder = Path(folder)
         if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(f"{folder} has no tokenizer.model; the LLaVA-1.5 checkpoints on the hub have one")
+            raise FileNotFoundError(
+                f"{folder} has no tokenizer.model: copy it from the original checkpoint (transformers 5 drops it)"
+            )
         config = _read_json(folder / "tokenizer_config.json")
         added_tokens = _read_json(folder / "added_tokens.json")
         special = set(added_tokens)
         for token_id, token in config.get("added_tokens_decoder", {}).items():
             added_tokens[token["content"]] = int(token_id)
-            (special.add if token.get("special") else special.discard)(token["content"])
+            if token.get("special"):
+                special.add(token["content"])
+            else:
+                special.discard(token["content"])
         pad_token = config.get("pad_token") or "<pad>"
         return cls(
             folder / "tokenizer.model",
@@ -95,10 +95,6 @@ class LlamaTokenizer:
             add_bos_token=config.get("add_bos_token", True),
             pad_token=pad_token["content"] if isinstance(pad_token, dict) else pad_token,
         )
-
-    def __len__(self) -> int:
-        """One more than the highest id in use."""
-        return max(len(self.pieces), *(token_id + 1 for token_id in self.special_tokens.values()))
 
     # From text to ids
 
@@ -162,12 +158,6 @@ class LlamaTokenizer:
 
     # From ids to text
 
-    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str | None]:
-        """The token behind each id as it stands in the vocabulary, such as "▁cat"; None beyond the vocabulary."""
-        return [
-            self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else self.added_texts.get(i) for i in map(int, ids)
-        ]
-
     def stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
         """Decodes ids while they arrive: yields text as soon as it is final, and all of it in the end.
 
@@ -192,12 +182,13 @@ class LlamaTokenizer:
                 yield text
 
         for token_id in ids:
-            (token,) = self.convert_ids_to_tokens([token_id])
-            if token is None or (skip_special_tokens and token_id in self.skipped_ids):
+            if skip_special_tokens and token_id in self.skipped_ids:
                 continue
-            if token_id < len(self.pieces) and self.pieces.is_byte(token_id):
+            is_piece = 0 <= token_id < len(self.pieces)
+            token = self.pieces.id_to_piece(token_id) if is_piece else self.added_texts.get(token_id)
+            if is_piece and self.pieces.is_byte(token_id):
                 run.append(int(token[1:-1], 16))  # "<0x0A>"
-            else:
+            elif token is not None:
                 yield from finish(token.replace(SPACE, " "))
         yield from finish("")
 

@@ -1,7 +1,7 @@
 """Pictures: from an image file to patch features.
 
     image file -> load_image -> PIL RGB image of any size
-               -> LlavaImageProcessor -> pixel_values (N, 3, S, S), S = 336
+               -> LlavaImageProcessor -> pixel_values (N, 3, 336, 336)
                -> CLIPVisionModel -> patch features (N, P, Dv), P = (336 / 14)^2 = 576, Dv = 1024
 
 LLaVA-1.5 looks through CLIP's ViT-L/14 at 336 pixels. It reads the features one layer before the last, where they still
@@ -11,10 +11,12 @@ Sources: CLIP (arXiv 2103.00020) and its ViT; LLaVA-1.5 (arXiv 2310.03744); for 
 transformers' CLIPImageProcessorPil and LlavaImageProcessorPil. Parameter names are those of the checkpoints.
 """
 
+import http.client
 import io
 import sys
 import time
 import urllib.request
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -41,22 +43,23 @@ DOWNLOAD_SECONDS = 60
 
 
 def load_image(source: str) -> Image.Image:
-    """Reads an image as transformers does: turned upright as its EXIF tag says, first frame, converted to RGB.
+    """Reads an image as transformers' load_image does: first frame, turned upright as its EXIF tag says, made RGB.
+
+    As there, transparency is dropped and grey values of 16 bits are cut off at 255. (Images that are given to the
+    processor directly get white behind what is transparent, also as in transformers.)
 
     Args:
-        source: a path, an http(s) URL, or "-" for standard input.
-
-    Raises:
-        OSError: it cannot be opened or fetched.
-        ValueError: it is not an image that Pillow can read, or has too many pixels to be one.
+        source: a path, an http(s) URL, or "-" for standard input. An OSError says that it cannot be opened or fetched,
+            a ValueError that it is not an image that Pillow can read.
     """
     if source == "-":
-        file = io.BytesIO(sys.stdin.buffer.read())
+        source, file = "standard input", io.BytesIO(sys.stdin.buffer.read())
     elif source.startswith(("http://", "https://")):
         file = io.BytesIO(_download(source))
     else:
         file = open(source, "rb")  # noqa: SIM115 - closed below
-    with file:
+    with file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about odd palettes and large images
         try:
             return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
         except UnidentifiedImageError as error:
@@ -68,17 +71,17 @@ def load_image(source: str) -> Image.Image:
 
 
 def _download(url: str) -> bytes:
-    """The body behind a URL; a slow or endless answer ends in an OSError."""
-    deadline = time.monotonic() + DOWNLOAD_SECONDS
-    request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some sites refuse urllib's own name
-    body = bytearray()
-    with urllib.request.urlopen(request, timeout=10) as response:
-        while chunk := response.read1(2**16):
-            body += chunk
-            if len(body) > MAX_DOWNLOAD or time.monotonic() > deadline:
-                raise OSError(
-                    f"{url} sends more than {MAX_DOWNLOAD >> 20} MiB or takes over {DOWNLOAD_SECONDS} seconds"
-                )
+    """The body behind a URL; whatever goes wrong, a slow or endless answer too, ends in an OSError."""
+    deadline, body = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
+    try:
+        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some sites refuse urllib's own
+        with urllib.request.urlopen(request, timeout=10) as response:
+            while chunk := response.read1(2**16):
+                body += chunk
+                if len(body) > MAX_DOWNLOAD or time.monotonic() > deadline:
+                    raise OSError(f"it is over {MAX_DOWNLOAD >> 20} MiB or takes over {DOWNLOAD_SECONDS} seconds")
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"{url} could not be fetched: {error}") from error
     return bytes(body)
 
 
@@ -110,26 +113,23 @@ class LlavaImageProcessor:
         return cls(**{name: value for name, value in config.items() if name in known and value is not None})
 
     def __call__(self, images: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """PIL images -> pixel_values (N, 3, S, S), float32.
-
-        Raises:
-            ValueError: an image is so long and thin that resizing its shorter side would take gigabytes.
-        """
+        """PIL images -> pixel_values (N, 3, 336, 336), float32; a ValueError for one too thin to be resized."""
         images = [images] if isinstance(images, Image.Image) else images
         return torch.from_numpy(np.stack([self.preprocess(image) for image in images]))
 
     def preprocess(self, image: Image.Image) -> np.ndarray:
-        """One image -> (3, S, S), float32."""
+        """One image -> (3, 336, 336), float32."""
         image = _on_white(image)
         if self.do_pad:
             image = self._pad_to_square(image)
         if self.do_resize:
             image = image.resize(self._resized(image.size), self.resample)
         if self.do_center_crop:
-            height, width = _height_width(self.crop_size)
+            size = self.crop_size
+            height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
             left, top = (image.width - width) // 2, (image.height - height) // 2
             image = image.crop((left, top, left + width, top + height))
-        pixels = np.asarray(image)  # (S, S, 3), 0 to 255
+        pixels = np.asarray(image)  # (336, 336, 3), 0 to 255
         if self.do_rescale:
             pixels = pixels * self.rescale_factor  # in float64, as transformers does
         pixels = pixels.astype(np.float32)
@@ -151,7 +151,7 @@ class LlavaImageProcessor:
         width, height = (int(short * side / min(size)) for side in size)
         if width * height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(
-                f"an image of {size[0]} x {size[1]} pixels is too long and thin: cut it, or pad it to a square"
+                f"an image of {size[0]} x {size[1]} pixels is too long and thin: cut it, or try --image-mode pad"
             )
         return width, height
 
@@ -162,10 +162,6 @@ def _on_white(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
-
-
-def _height_width(size: int | dict[str, int]) -> tuple[int, int]:
-    return (size["height"], size["width"]) if isinstance(size, dict) else (size, size)
 
 
 # From pixels to features
@@ -197,8 +193,8 @@ class CLIPVisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding((config.image_size // patch) ** 2 + 1, width)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """(N, 3, S, S) -> (N, 1 + P, Dv)"""
-        patches = self.patch_embedding(pixel_values)  # (N, Dv, S / patch, S / patch)
+        """(N, 3, 336, 336) -> (N, 1 + P, Dv)"""
+        patches = self.patch_embedding(pixel_values)  # (N, Dv, 24, 24)
         patches = patches.flatten(2).transpose(1, 2)  # (N, P, Dv), row by row from the top left
         cls = self.class_embedding.expand(len(patches), 1, -1)  # (N, 1, Dv)
         return torch.cat([cls, patches], dim=1) + self.position_embedding.weight
@@ -286,7 +282,7 @@ class CLIPVisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixel_values: Tensor, layer: int | Sequence[int] = -2, strategy: str = "default") -> Tensor:
-        """pixel_values (N, 3, S, S) -> features (N, P, Dv), or (N, P, len(layer) * Dv) for a list of layers.
+        """pixel_values (N, 3, 336, 336) -> features (N, P, Dv), or (N, P, len(layer) * Dv) for a list of layers.
 
         Args:
             pixel_values: what `LlavaImageProcessor` returns.

@@ -1,5 +1,6 @@
 """The command line, end to end: the answer alone on stdout, the rest on stderr, exit codes that mean something."""
 
+import io
 import os
 import pty
 import signal
@@ -18,6 +19,7 @@ from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import llava
+from tokenizer import VICUNA_SYSTEM
 
 
 @pytest.fixture(scope="session")
@@ -81,7 +83,7 @@ def test_the_answer_is_that_of_transformers(run, checkpoint, photo):
     result = run("--image", photo, "--max-new-tokens", "24", "What is shown here?")
     expected = their_answer(checkpoint, [photo], "USER: <image>\nWhat is shown here? ASSISTANT:", max_new_tokens=24)
     assert result.stdout.decode() == expected + "\n"
-    assert result.stderr == b""
+    assert result.stderr == b"llava.py: the answer is cut off after 24 tokens\n"
     assert result.returncode == 0
 
 
@@ -103,15 +105,48 @@ def test_text_alone_is_answered_too(call, checkpoint):
     assert call("--max-new-tokens", "8", "Hello").stdout.decode() == expected + "\n"
 
 
-def test_a_chat_remembers_the_earlier_turns(run, checkpoint, photo):
-    result = run("--chat", "--image", photo, "--max-new-tokens", "8", stdin=b"What?\n\nAnd why?\n")
-    first = their_answer(checkpoint, [photo], "USER: <image>\nWhat? ASSISTANT:", max_new_tokens=8)
-    lines = result.stdout.decode()
-    assert lines.startswith(first + "\n")
-    assert lines != first + "\n"
-    alone = run("--image", photo, "--max-new-tokens", "8", "And why?").stdout.decode()
-    assert lines.removeprefix(first + "\n") != alone
-    assert result.returncode == 0
+def type_in(monkeypatch, *lines: str) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+@pytest.mark.parametrize("options", [[], ["--system"]])
+def test_a_chat_gives_the_answers_of_transformers_to_the_whole_conversation(
+    options, call, checkpoint, photo, monkeypatch
+):
+    type_in(monkeypatch, "What?", "", "And why?")
+    answers = call("--chat", *options, "--image", photo, "--max-new-tokens", "8").stdout.decode()
+    conversation = f"{VICUNA_SYSTEM} USER: <image>\nWhat? ASSISTANT:" if options else "USER: <image>\nWhat? ASSISTANT:"
+    first = their_answer(checkpoint, [photo], conversation, max_new_tokens=8)
+    conversation += f" {first.removeprefix(' ')}</s>USER: And why? ASSISTANT:"
+    second = their_answer(checkpoint, [photo], conversation, max_new_tokens=8)
+    assert answers == f"{first}\n{second}\n"
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_a_stopped_answer_stays_in_the_conversation_as_far_as_it_got(at, call, checkpoint, photo, monkeypatch):
+    stop_the_forward(monkeypatch, at)
+    type_in(monkeypatch, "What?", "And why?")
+    answers = call("--chat", "--image", photo, "--max-new-tokens", "8").stdout.decode()
+    conversation = "USER: <image>\n"
+    first = ""
+    if at > 0:  # else the first question was stopped before its answer began, and does not count
+        first = their_answer(checkpoint, [photo], "USER: <image>\nWhat? ASSISTANT:", max_new_tokens=at)
+        conversation += f"What? ASSISTANT: {first.removeprefix(' ')}</s>USER: "
+    second = their_answer(checkpoint, [photo], conversation + "And why? ASSISTANT:", max_new_tokens=8)
+    assert answers.endswith(f"\n{second}\n")
+
+
+def stop_the_forward(monkeypatch, at: int) -> None:
+    """Raises a KeyboardInterrupt, as Ctrl-C does, in the middle of one pass through the model."""
+    forward, calls = llava.LlamaModel.forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(llava.LlamaModel, "forward", interrupted)
 
 
 def test_the_same_seed_gives_the_same_answer(call):
@@ -128,7 +163,7 @@ def test_stats_go_to_stderr(call):
 
 
 FAILURES = {
-    "no such image": (["--image", "gone.jpg", "What?"], "No such file or directory: 'gone.jpg'"),
+    "no such image": (["--image", "gone.jpg", "What?"], "gone.jpg: No such file or directory"),
     "no image": (["--image", __file__, "What?"], "is not an image that Pillow can read"),
     "too many marks": (["<image> What?"], "the text has 1 <image> marks for 0 images"),
     "too long": (["word " * 3000], "tokens, but only 1023 fit"),
@@ -158,6 +193,7 @@ USAGES = {
     "negative temperature": ["--temperature", "-1", "Hello"],
     "top-p without temperature": ["--top-p", "0.5", "Hello"],
     "no tokens": ["--max-new-tokens", "0", "Hello"],
+    "seed too large": ["--seed", str(2**63), "Hello"],
     "standard input twice": ["--image", "-", "--image", "-", "Hello"],
     "standard input for image and chat": ["--image", "-", "--chat"],
 }
@@ -189,7 +225,14 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint)
         "--max-new-tokens",
         "900",
     ]
-    process = subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # The test may run in the background, where Ctrl-C is ignored; its child must not inherit that.
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     notes = []
     threading.Thread(target=lambda: notes.extend(iter(lambda: process.stderr.read(1), b"")), daemon=True).start()
 
@@ -201,12 +244,12 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint)
 
     wait_for_prompt(1)
     os.write(main, b"Hello\n")
-    first = process.stdout.read(1)  # the answer has begun
+    assert process.stdout.read(1)  # the answer has begun
     process.send_signal(signal.SIGINT)
     wait_for_prompt(2)
     process.send_signal(signal.SIGINT)  # at the prompt it changes nothing
     wait_for_prompt(3)
     os.write(main, b"\x04")
     assert process.wait(timeout=60) == 0
-    assert first + process.stdout.read() != b""
+    assert process.stdout.read().count(b"\n") == 1
     assert b"Traceback" not in b"".join(notes)

@@ -191,7 +191,7 @@ def test_a_cache_makes_room_once_for_what_a_call_can_need(make_pair, prompt):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"input_ids": torch.ones(1, 1024, dtype=torch.long)}, "the prompt has 1024 tokens, but only 1023 fit"),
+        ({"input_ids": torch.ones(1, 1024, dtype=torch.long)}, "there are 1024 tokens, but only 1023 fit"),
         ({"max_new_tokens": -1}, "max_new_tokens is -1"),
         ({"temperature": -0.5}, "temperature is -0.5"),
         ({"temperature": float("nan")}, "temperature is nan"),
@@ -201,6 +201,7 @@ def test_a_cache_makes_room_once_for_what_a_call_can_need(make_pair, prompt):
         ({"attention_mask": torch.tensor([[1] * 19 + [0]])}, "padding on the right"),
         ({"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])}, "padding between its tokens"),
         ({"attention_mask": torch.tensor([[0] * 20])}, "padding on the right"),
+        ({"attention_mask": torch.ones(1, 5)}, r"has the shape \(1, 5\), not \(1, 20\)"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -220,7 +221,31 @@ def test_a_cache_that_does_not_fit_the_prompt_is_refused(rows, filled, make_pair
         ours.generate(ids, cache=cache)
 
 
-def test_image_tokens_without_images_are_refused(make_pair, prompt):
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_image_tokens_without_images_are_refused(with_cache, make_pair, prompt):
     ours, _ = make_pair()
     with pytest.raises(ValueError, match="has image tokens, but there are no pixel_values"):
-        ours.generate(prompt()["input_ids"])
+        ours.generate(prompt()["input_ids"], cache=new_cache(ours) if with_cache else None)
+
+
+def test_a_cache_that_is_set_back_forgets_everything(make_pair, prompt, batch, check):
+    ours, _ = make_pair()
+    cache = new_cache(ours, batch_size=3)
+    with torch.no_grad():
+        ours(**batch, cache=cache)
+        cache.length = 0
+        ids = prompt(images=0)["input_ids"].expand(3, -1)
+        check("cache: used again", ours(ids, cache=cache).logits, ours(ids).logits)
+
+
+@torch.no_grad()
+def test_positions_count_from_the_first_real_token(make_pair, batch):
+    ours, _ = make_pair()
+    angles = []
+    first_layer = ours.language_model.model.layers[0]
+    first_layer.register_forward_pre_hook(lambda layer, args: angles.append(args[1]))  # cos, which RoPE turns by
+    ours(**batch)
+    ours(torch.ones(1, 8, dtype=torch.long))
+    padded, plain = angles
+    for row, mask in enumerate(batch.attention_mask):
+        assert torch.equal(padded[row, 0, mask.bool()][:8], plain)

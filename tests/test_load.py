@@ -158,6 +158,12 @@ BROKEN = {
         ),
         "vision model 'siglip' is not supported",
     ),
+    "another RoPE": (
+        lambda folder: (folder / "config.json").write_text(
+            '{"model_type": "llava", "text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}'
+        ),
+        "RoPE of type 'yarn' is not supported",
+    ),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
     "pickled weights": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
@@ -247,6 +253,7 @@ SPARSE = {
         "vision_config": {"hidden_size": 96},
     },
     "Mistral": {"model_type": "llava", "text_config": {"model_type": "mistral"}},
+    "no window": {"model_type": "llava", "text_config": {"model_type": "mistral", "sliding_window": None}},
     "old RoPE": {
         "model_type": "llava",
         "text_config": {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
@@ -283,7 +290,12 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, [5, 6]), ({}, {"eos_token_id": 7}, [7]), ({}, {}, [2])],
+    [
+        ({"eos_token_id": [5, 6]}, {"eos_token_id": 7}, [5, 6]),
+        ({}, {"eos_token_id": 7, "text_config": {"eos_token_id": 8}}, [7]),
+        ({}, {"text_config": {"eos_token_id": 8}}, [8]),
+        ({}, {}, [2]),
+    ],
 )
 def test_the_end_of_sequence_comes_from_generation_config_then_config_then_2(generation, config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
@@ -329,6 +341,34 @@ def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(checkpoint, tmp_p
     assert not list(folder.glob("*.part"))
 
 
+def test_saving_replaces_its_own_shards_and_nothing_else(make_pair, tmp_path, monkeypatch):
+    ours, _ = make_pair()
+    folder = tmp_path / "saved"
+    monkeypatch.setattr(load, "SHARD_BYTES", 200_000)
+    ours.save_pretrained(folder)
+    (folder / "model_ema.safetensors").write_bytes(b"somebody else's")
+    monkeypatch.undo()
+    ours.save_pretrained(folder)
+    assert sorted(path.name for path in folder.glob("model*")) == ["model.safetensors", "model_ema.safetensors"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_is_float32_on_a_cpu_and_the_dtype_of_the_checkpoint_elsewhere(device, tmp_path):
+    make_judge().to(torch.float16).save_pretrained(tmp_path)
+    model = LlavaForConditionalGeneration.from_pretrained(tmp_path, device=device)
+    assert model.dtype == (torch.float32 if device == "cpu" else torch.float16)
+
+
+@torch.no_grad()
+def test_a_file_of_several_dtypes_loads_in_one(judge, tmp_path):
+    tensors = in_layout(judge, "hub checkpoints")
+    mixed = {name: tensor.half() if "mlp" in name else tensor for name, tensor in tensors.items()}
+    write(tmp_path, judge, mixed)
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    expected = mixed["language_model.model.layers.0.mlp.up_proj.weight"].float()
+    assert torch.equal(ours.language_model.model.layers[0].mlp.up_proj.weight, expected)
+
+
 def test_a_saved_processor_is_complete(checkpoint, tmp_path, make_pair):
     make_pair()[0].save_pretrained(tmp_path / "saved")
     LlavaProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
@@ -339,7 +379,6 @@ def test_a_saved_processor_is_complete(checkpoint, tmp_path, make_pair):
 def test_an_image_processor_saved_by_transformers_5_is_found(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     settings = json.loads((folder / "preprocessor_config.json").read_text())
-    (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"do_pad": True}}))
     assert LlavaProcessor.from_pretrained(folder).image_processor.do_pad
 
