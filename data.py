@@ -46,7 +46,7 @@ def encode_entry(
     """One entry of the data file -> a Sample of at most `max_length` tokens; what is longer loses its end.
 
     In stage "align" the question is left out, and the model writes the caption of a picture: `<s><image>caption</s>`.
-    In stage "instruct" it reads the chat prompt of `LlamaTokenizer.encode_chat`, in which the `<image>` mark is moved to
+    In stage "instruct" it is the chat prompt of `LlamaTokenizer.encode_chat`, in which the `<image>` mark is moved to
     the front of its question, as LLaVA's scripts do.
 
     Raises:
