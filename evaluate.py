@@ -198,7 +198,7 @@ def key(entry: dict) -> tuple[str, str]:
 
 
 def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dict[tuple[str, str], str]:
-    """The answers that an earlier run has written; a last line that it was stopped in is cut off the file.
+    """The answers that an earlier run has written; a last line that it was stopped in is cut off.
 
     Raises:
         ValueError: the file is damaged, or its answers are to other prompts, or by another model.
@@ -206,10 +206,13 @@ def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dic
     if not file.exists():
         return {}
     content = file.read_bytes()
-    complete = content[: content.rfind(b"\n") + 1]
-    if complete != content:
-        with open(file, "rb+") as opened:
-            opened.truncate(len(complete))
+    last = content[content.rfind(b"\n") + 1 :]
+    try:
+        json.loads(last or b"{}")
+        if last:  # complete but for its line feed
+            file.write_bytes(content + b"\n")
+    except ValueError:
+        os.truncate(file, len(content) - len(last))
     entries = read_lines(file)
     asked = {key(question) for question in questions}
     for entry in entries:
