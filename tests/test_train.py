@@ -176,14 +176,14 @@ def test_the_learning_rate_is_the_cosine_of_transformers():
 
 
 def test_eight_pictures_are_learned_and_answered_word_for_word(bench):
-    options = ("--batch", 8, "--epochs", 150, "--learning-rate", 3e-3)
+    options = ("--batch", 8, "--epochs", 200, "--learning-rate", 5e-3, "--system", "")
     folder = bench.train("learned", COLOUR_QUESTIONS, *options)
     print(f"loss {losses(folder)[0]:.2f} -> {losses(folder)[-1]:.5f}")
     assert losses(folder)[-1] < 0.01
 
     model, processor = LlavaForConditionalGeneration.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
     questions = [{"image": f"{colour}.png", "prompt": "Which color?"} for colour in COLOURS]
-    answers = answer_questions(model, processor, questions, bench.folder / "pictures", train.VICUNA_SYSTEM)
+    answers = answer_questions(model, processor, questions, bench.folder / "pictures")
     assert answers == [f"It is {colour}." for colour in COLOURS]
 
 
@@ -225,13 +225,20 @@ def test_the_seed_makes_a_run_reproducible(bench):
     assert first != other
 
 
-def test_a_broken_entry_ends_with_one_sentence_and_exit_code_1(bench):
-    arguments = bench.arguments("broken", [{**CAPTIONS[0], "image": "nowhere.png"}], stage="align")
-    result = subprocess.run([sys.executable, TRAIN, *arguments], env=environment(), capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "entry 0: its image is missing or damaged" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert result.stdout == ""
+def test_a_broken_entry_ends_with_a_sentence_unless_it_may_be_left_out(bench, capsys):
+    data = [*CAPTIONS, {**CAPTIONS[0], "image": "nowhere.png"}]
+    with pytest.raises(SystemExit, match=r"1 of 9 entries .* are broken(?s:.*)entry 8: its image is missing"):
+        bench.train("broken", data, stage="align")
+    bench.train("broken", data, "--skip-broken", stage="align")
+    captured = capsys.readouterr()
+    assert "train.py: 1 of 9 entries" in captured.err
+    assert captured.out == ""
+
+
+def test_the_traceback_is_shown_on_request(bench, monkeypatch):
+    monkeypatch.setenv("LLAVA_DEBUG", "1")
+    with pytest.raises(ValueError, match="are broken"):
+        bench.train("debug", [{**CAPTIONS[0], "image": "nowhere.png"}], stage="align")
 
 
 @pytest.mark.parametrize(
@@ -245,7 +252,7 @@ def test_an_option_that_cannot_be_meant_ends_with_exit_code_2(bench, wrong):
 
 def test_a_loss_that_is_no_number_ends_the_run(bench):
     with pytest.raises(SystemExit, match="lower --learning-rate"):
-        bench.train("diverged", COLOUR_QUESTIONS, "--batch", 4, "--epochs", 4, "--learning-rate", 1e38)
+        bench.train("diverged", COLOUR_QUESTIONS, "--batch", 4, "--epochs", 4, "--learning-rate", 1e30)
 
 
 # Stopping, going on, dividing
@@ -333,8 +340,8 @@ def test_two_processes_give_the_losses_of_one(bench, uninterrupted, begun_by_one
     ours, theirs = losses(bench.folder / output), losses(uninterrupted)
     error = max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
     print(f"largest relative error of 40 losses, {theirs[0]:.2f} -> {theirs[-1]:.2f}: {error:.1e}")
-    assert error <= 1e-4
+    assert error <= 1e-5
     one, two = (LlavaForConditionalGeneration.from_pretrained(f) for f in (uninterrupted, bench.folder / output))
     worst = max(relative_error(b, a) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     print(f"largest relative error of a trained weight: {worst:.1e}")
-    assert worst <= 1e-3
+    assert worst <= 1e-4
