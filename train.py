@@ -156,9 +156,7 @@ def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
         os.replace(part, file)
 
 
-def load_state(
-    file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
-) -> list[tuple[float, float]]:
+def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> list[tuple]:
     """Puts what `save_state` wrote into model and optimiser, and returns the history.
 
     Raises:
@@ -167,14 +165,13 @@ def load_state(
     parameters = dict(model.named_parameters())
     with safe_open(file, "pt") as state:
         before = json.loads(state.metadata()["settings"])
-        names = state.keys()
         changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
         if changed:
             raise ValueError(
                 f"{file.parent} holds a stopped run with other settings ({'; '.join(changed)}): "
                 "go on with the same ones, or choose another --output"
             )
-        for key in names:
+        for key in sorted(state.keys()):
             kind, _, name = key.partition(":")
             if kind == "history":
                 continue
@@ -240,14 +237,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup-ratio", type=float, default=0.03, help="part of the steps (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add(
-        "--max-length", type=int, default=2048, help="longest sequence in tokens, image included (default: %(default)s)"
-    )
-    add(
-        "--system",
-        default=VICUNA_SYSTEM,
-        help="opens every conversation; '' leaves it out (default: Vicuna's sentence)",
-    )
+    add("--max-length", type=int, default=2048, help="most tokens of a sequence, with image (default: %(default)s)")
+    add("--system", default=VICUNA_SYSTEM, help="opens every conversation, if not '' (default: Vicuna's sentence)")
     add("--seed", type=int, default=0, help="decides the order of the data (default: %(default)s)")
     add("--save-every", type=int, default=500, help="steps between saves to go on from (default: %(default)s)")
     add("--gradient-checkpointing", action="store_true", help="compute layers twice, to need less memory")
@@ -301,22 +292,21 @@ def run(args: argparse.Namespace) -> None:
     shares = [micro_batches(batch, args.micro_batch, rank, world) for batch in plan[len(history) :]]
     inputs = ahead(lambda rows: collate(rows, processor), itertools.chain.from_iterable(shares))
 
-    def line(step: int) -> str:
-        loss, norm = history[step]
-        return (
-            f"{step + 1},{loss!r},{learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)!r},{norm!r}\n"
-        )
+    def rate(step: int) -> float:
+        return learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)
 
+    def line(step: int) -> str:
+        return f"{step + 1},{history[step][0]!r},{rate(step)!r},{history[step][1]!r}\n"  # digits enough to compare bits
+
+    done = sum(map(len, plan[: len(history)]))
     args.output.mkdir(parents=True, exist_ok=True)
     with (
         open(args.output / "loss.csv" if rank == 0 else os.devnull, "w") as table,
-        tqdm(total=sum(map(len, plan)), unit=" samples", mininterval=1, disable=rank > 0) as progress,
+        tqdm(total=sum(map(len, plan)), initial=done, unit=" samples", mininterval=1, disable=rank > 0) as progress,
     ):
         table.write("step,loss,learning_rate,gradient_norm\n" + "".join(map(line, range(len(history)))))
-        progress.update(sum(map(len, plan[: len(history)])))
-        progress.unpause()  # the speed is that of this run
         for step, share in enumerate(shares, start=len(history)):
-            optimizer.param_groups[0]["lr"] = learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)
+            optimizer.param_groups[0]["lr"] = rate(step)
             answers = sum(int(sample.is_answer.sum()) for sample in plan[step])
             history.append(train_step(model, optimizer, itertools.islice(inputs, len(share)), answers, args.clip))
             if not all(map(math.isfinite, history[-1])):
