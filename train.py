@@ -111,7 +111,8 @@ def train_step(
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for inputs in pieces:
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        # Every weight is used once, so keeping its rounded copy for a second time would only cost memory.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             loss = answer_loss(model, inputs.to(device)) / answers
         (loss * world).backward()  # FSDP takes the mean of the processes' gradients, where their sum is wanted
         total += loss.detach()
