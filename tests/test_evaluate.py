@@ -1,0 +1,269 @@
+"""evaluate.py: every formula on examples worked by hand, and answers that do not depend on how they were batched."""
+
+import json
+import sys
+
+import pytest
+import torch
+from tiny_training import COLOURS, Workbench
+
+import evaluate
+from evaluate import exact_match, letter_match, option_letter, pope, says_yes, vqa_accuracy, vqa_normal
+from llava import LlavaForConditionalGeneration, LlavaProcessor
+
+# Exact match
+
+
+def test_exact_match_overlooks_capitals_white_space_and_a_full_stop():
+    assert exact_match(" Dark  red.\n", ["dark red"]) == 1
+    assert exact_match("no", ["yes", "No."]) == 1
+
+
+@pytest.mark.parametrize("text", ["red car", "re", "red!", ""])
+def test_exact_match_overlooks_nothing_else(text):
+    assert exact_match(text, ["red"]) == 0
+
+
+# VQA accuracy
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The cat and a dog", "cat and dog"),  # articles
+        ("An apple", "apple"),
+        ("Two", "2"),
+        ("none", "0"),
+        ("ten of one", "10 of 1"),
+        ("twenty", "twenty"),  # only up to ten
+        ("yes.", "yes"),
+        ("3.5", "3.5"),  # a full stop before a digit stays
+        ("U.S.", "us"),
+        ("1,000", "1000"),
+        ("red,blue", "red blue"),  # a mark between letters becomes a space
+        ("red, blue", "red blue"),
+        ("left-hand side", "left hand side"),
+        ("what?!", "what"),
+        ("dont", "don't"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("well", "well"),
+        ("black\nand\twhite ", "black and white"),
+        ("the", ""),
+        ("", ""),
+    ],
+)
+def test_vqa_normal(text, normal):
+    assert vqa_normal(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("matches", "accuracy"),
+    [
+        (0, 0.0),
+        (1, 0.3),  # leaving it out: 0; leaving out one of the nine others: 1/3 each
+        (2, 0.6),  # 2 x 1/3 + 8 x 2/3, over ten
+        (3, 0.9),  # 3 x 2/3 + 7 x 1, over ten
+        (4, 1.0),
+        (10, 1.0),
+    ],
+)
+def test_vqa_accuracy_leaves_each_person_out_in_turn(matches, accuracy):
+    assert vqa_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches)) == pytest.approx(accuracy)
+
+
+def test_vqa_accuracy_of_a_tie_is_the_same_for_both_answers():
+    answers = ["cat"] * 5 + ["dog"] * 5
+    assert vqa_accuracy("cat", answers) == vqa_accuracy("dog", answers) == 1
+
+
+def test_vqa_accuracy_normalises_both_sides():
+    assert vqa_accuracy("Two cats.", ["2 cats", "two cats", "the two cats", "Two Cats!"] + ["dog"] * 6) == 1
+
+
+# Option letters
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(C)", "C"),
+        ("B. a red car", "B"),
+        ("The answer is D.", "D"),
+        ("Both B and C", "B"),  # the first
+        ("I think that it is B", "B"),  # "I" is no option
+        ("Cats", None),  # a letter in a word
+        ("E-mail's B", "E"),
+        ("a red car", None),
+        ("", None),
+    ],
+)
+def test_option_letter(text, letter):
+    assert option_letter(text) == letter
+
+
+def test_an_answer_without_a_letter_is_wrong():
+    assert letter_match("B. a car", ["B"]) == 1
+    assert letter_match("A", ["B"]) == 0
+    assert letter_match("a car", ["B"]) == 0
+
+
+# POPE
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [
+        ("Yes", True),
+        ("No", False),
+        ("no, there is a dog", False),
+        ("There is not a dog", False),
+        ("Yes. There is no cat.", True),  # only the first sentence is read
+        ("Nothing to see", True),  # a word that only begins like no
+        ("NO", True),  # just these three spellings
+        ("It isn't there", True),
+        ("I do,not know", True),  # the comma goes: "donot" is one word
+        ("", True),
+    ],
+)
+def test_pope_reads_an_answer(text, yes):
+    assert says_yes(text) == yes
+
+
+def test_pope_counts():
+    pairs = [("Yes", ["yes"])] * 3 + [("Yes", ["no"])] * 1 + [("No", ["yes"])] * 2 + [("No", ["no"])] * 4
+    figures = pope(pairs)  # 3 hits, 1 false alarm, 2 misses, 4 rightly denied
+    assert figures == pytest.approx(
+        {"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "F1": 2 * 0.75 * 0.6 / 1.35, "yes ratio": 0.4}
+    )
+
+
+@pytest.mark.parametrize(("said", "true"), [("No", "no"), ("No", "yes"), ("Yes", "no")])
+def test_pope_without_a_hit_is_zero_and_no_error(said, true):
+    figures = pope([(said, [true])])
+    assert figures["precision"] == figures["recall"] == figures["F1"] == 0
+
+
+def test_the_table_has_a_line_for_each_category_and_one_for_all():
+    questions = [{"category": c, "answers": ["red"]} for c in ("colour", "shape", "colour", "colour")]
+    table = evaluate.score_table(questions, ["red", "blue", "red", "blue"], "exact").splitlines()
+    assert [line.split() for line in table] == [
+        ["category", "questions", "accuracy"],
+        ["colour", "3", "66.67"],
+        ["shape", "1", "0.00"],
+        ["all", "4", "50.00"],
+    ]
+
+
+# From questions to answers
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    torch.set_num_threads(1)
+    return Workbench(tmp_path_factory.mktemp("evaluation"))
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Eight with a picture and three without, of several lengths; the last is asked with the id of the one before."""
+    texts = [
+        "Which color?",
+        "What is shown in this image?",
+        "How many triangles are there, and which of them is green?",
+    ]
+    asked = [{"question_id": i, "image": f"{c}.png", "text": texts[i % 3], "answer": c} for i, c in enumerate(COLOURS)]
+    words = [{"question_id": min(8 + i, 9), "text": text, "answers": ["one"]} for i, text in enumerate(texts)]
+    return asked + words
+
+
+@pytest.fixture
+def command(bench, questions, tmp_path, monkeypatch):
+    """Runs evaluate.py in this process, in a folder of its own; returns the lines of its answers."""
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+
+    def command(*options, model="base"):
+        arguments = ["--questions", "q.jsonl", "--out", "answers.jsonl", "--images", str(bench.folder / "pictures")]
+        arguments += ["--model", str(bench.folder / model)] if model else []
+        arguments += ["--metric", "exact", "--max-new-tokens", "8", "--device", "cpu", *options]
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        evaluate.main()
+        return (tmp_path / "answers.jsonl").read_text().splitlines(keepends=True)
+
+    return command
+
+
+def test_answers_in_batches_are_those_one_by_one(command, tmp_path):
+    one_by_one = command("--batch", "1")
+    (tmp_path / "answers.jsonl").unlink()
+    assert command("--batch", "4") == one_by_one
+    assert len({json.loads(line)["text"] for line in one_by_one}) > 5  # and they are not all alike
+
+
+def test_answers_are_in_the_format_of_llava(command, questions):
+    lines = [json.loads(line) for line in command("--short")]
+    assert [list(line) for line in lines] == [["question_id", "prompt", "text", "model_id"]] * len(questions)
+    assert [line["question_id"] for line in lines] == [question["question_id"] for question in questions]
+    assert lines[0]["prompt"] == "Which color?\nAnswer the question using a single word or phrase."
+    assert lines[0]["model_id"] == "base"
+
+
+def test_an_answer_is_what_the_model_says_alone(bench, command, questions):
+    lines = [json.loads(line) for line in command("--system", "")]
+    model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
+    processor = LlavaProcessor.from_pretrained(bench.folder / "base")
+    inputs = processor(None, f"USER: {questions[-1]['text']} ASSISTANT:")
+    new = model.generate(**inputs, max_new_tokens=8)[0, inputs.input_ids.shape[1] :]
+    assert lines[-1]["text"] == processor.decode(new, skip_special_tokens=True).strip()
+
+
+def test_only_what_is_missing_is_asked_again(command, tmp_path, monkeypatch):
+    whole = command("--batch", "4")
+    asked = []
+    real = evaluate.answer_questions
+    monkeypatch.setattr(
+        evaluate, "answer_questions", lambda m, p, batch, *rest: asked.extend(batch) or real(m, p, batch, *rest)
+    )
+    (tmp_path / "answers.jsonl").write_text("".join(whole[:5]) + whole[5][:20])  # stopped while it wrote the sixth
+    assert command("--batch", "4") == whole
+    assert len(asked) == len(whole) - 5
+
+
+def test_a_last_line_without_its_line_feed_is_kept(command, tmp_path):
+    whole = command()
+    (tmp_path / "answers.jsonl").write_text("".join(whole).rstrip("\n"))
+    assert command(model=None) == whole
+
+
+def test_complete_answers_are_scored_without_a_model(command, questions, tmp_path, capsys):
+    lines = [{"question_id": q["question_id"], "prompt": q["text"], "text": "red."} for q in questions]
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command(model=None)
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["all", "11", "9.09"]  # one of eleven is red
+
+
+def test_missing_answers_need_a_model(command):
+    with pytest.raises(SystemExit, match="lacks 11 of 11 answers: give a --model"):
+        command(model=None)
+
+
+def test_answers_to_other_prompts_or_of_another_model_are_not_mixed_in(command):
+    command()
+    with pytest.raises(SystemExit, match=r"answers other prompts .* choose another --out"):
+        command("--short")
+    with pytest.raises(SystemExit, match="answers of the model base: choose another --out"):
+        command(model="another")
+
+
+def test_vqa_needs_a_list_of_answers(command):
+    with pytest.raises(SystemExit, match='question 0 needs "answers", a list of 4 or more'):
+        command("--metric", "vqa")
+
+
+def test_a_damaged_question_file_is_named_with_its_line(command, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "x"}\n{"question')
+    with pytest.raises(SystemExit, match=r"q.jsonl, line 2 is not valid JSON"):
+        command()

@@ -1,0 +1,346 @@
+"""LLaVA-1.5's two training stages, on any base checkpoint and any data in LLaVA's JSON format (see data.py).
+
+    python train.py --stage align    --model BASE    --data captions.json      --images FOLDER --output ALIGNED
+    python train.py --stage instruct --model ALIGNED --data conversations.json --images FOLDER --output FINAL
+
+`align` trains the projector on captions, `instruct` projector and decoder on conversations; the vision tower is frozen
+in both. Weights are float32 here; on a GPU the arithmetic is bfloat16 where autocast finds that safe. Several processes
+(`torchrun --nproc-per-node N train.py ...`) divide weights, optimiser state and batches among themselves with FSDP2.
+
+All chance comes from --seed. A run that was stopped goes on when the same command line is given again, from the last
+save in the output folder, with the losses that it would have had.
+
+Sources: LLaVA-1.5 (arXiv 2310.03744), section 3 and appendix A, and its released scripts for the hyperparameters.
+"""
+
+import argparse
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+from data import ahead, collate, micro_batches, plan_epoch, read_data
+from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, peak_memory, pick_device
+from load import read_json
+from tokenizer import VICUNA_SYSTEM
+
+TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}
+# The paper's hyperparameters (appendix A) that differ between the stages.
+LEARNING_RATE = {"align": 1e-3, "instruct": 2e-5}
+BATCH = {"align": 256, "instruct": 128}
+# What a stopped run needs to go on. A safetensors file, but nobody shall take it for the weights of a model.
+STATE_FILE = "trainer.state"
+# What must not change when a run goes on; micro-batch and number of processes may, since they only change roundings.
+SETTINGS = ["stage", "model", "learning_rate", "batch", "epochs", "warmup_ratio", "weight_decay", "clip"]
+SETTINGS += ["max_length", "system", "seed"]
+
+# The model
+
+
+def freeze(model: LlavaForConditionalGeneration, stage: str) -> None:
+    """Lets only what the stage trains have gradients; in particular, nothing is kept of the vision tower's work."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED[stage]))
+
+
+def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
+    """Keeps only the inputs of the decoder's layers for the backward pass, which computes the rest once more."""
+    for layer in model.language_model.model.layers:
+        layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def shard(model: LlavaForConditionalGeneration, device: torch.device) -> None:
+    """Leaves each process a part of every parameter; a layer is whole only while it is computed."""
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in [*model.vision_tower.encoder.layers, *model.language_model.model.layers]:
+        fully_shard(layer.to(device), mesh=mesh)
+    fully_shard(model.to(device), mesh=mesh)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor of which this process may have a part. Every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# One step
+
+
+def answer_loss(model: nn.Module, inputs: Inputs) -> Tensor:
+    """The cross-entropy of the answers' tokens, summed over a micro-batch: (), float32.
+
+    The head runs only on the M of B * T positions whose next token is one to learn.
+    """
+    learned = inputs.is_answer[:, 1:]  # (B, T - 1)
+    keep = F.pad(learned, (0, 1))  # (B, T): position t predicts token t + 1
+    logits = model(inputs.input_ids, inputs.get("pixel_values"), logits_to_keep=keep).logits  # (M, V)
+    return F.cross_entropy(logits.float(), inputs.input_ids[:, 1:][learned], reduction="sum")
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, pieces: Iterable[Inputs], answers: int, clip: float
+) -> tuple[float, float]:
+    """One step of the optimiser on one batch.
+
+    Args:
+        model, optimizer: changed in place.
+        pieces: this process's micro-batches.
+        answers: how many tokens are learned in the whole batch, all pieces and processes together. The loss is the
+            mean over them, so it does not matter how the batch is cut into pieces.
+        clip: the largest norm of the gradient.
+
+    Returns:
+        The loss of the batch, and the norm of its gradient before clipping.
+    """
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    device = next(model.parameters()).device
+    total = torch.zeros((), device=device)
+    for inputs in pieces:
+        # Every weight is used once, so keeping its rounded copy for a second time would only cost memory.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
+            loss = answer_loss(model, inputs.to(device)) / answers
+        (loss * world).backward()  # FSDP takes the mean of the processes' gradients, where their sum is wanted
+        total += loss.detach()
+    if world > 1:
+        dist.all_reduce(total)
+    norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item(), norm.item()
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
+    """Of step 0, 1, ..., steps - 1: a straight rise from 0, then half a cosine down to 0."""
+    warmup = math.ceil(steps * warmup_ratio)
+    if step < warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# Saving and going on
+
+
+def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list, settings: dict) -> None:
+    """Writes the trained weights, the optimiser's averages, the losses so far and the settings.
+
+    The file replaces the one before it when it is complete and on the disk, so at any moment there is a complete one.
+    Every process has to call this; the first one writes.
+    """
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    tensors = {"history:": torch.tensor(history, dtype=torch.float64)}  # (steps so far, 2): loss, gradient's norm
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            for kind, tensor in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
+                tensor = whole(tensor).cpu().contiguous()
+                if first:
+                    tensors[f"{kind}:{name}"] = tensor
+    if first:
+        part = file.with_name(f"{file.name}.part")
+        save_file(tensors, part, metadata={"settings": json.dumps(settings)})
+        with open(part, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+
+
+def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> list[tuple]:
+    """Puts what `save_state` wrote into model and optimiser, and returns the history.
+
+    Raises:
+        ValueError: the settings of the stopped run were others.
+    """
+    parameters = dict(model.named_parameters())
+    with safe_open(file, "pt") as state:
+        before = json.loads(state.metadata()["settings"])
+        changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
+        if changed:
+            raise ValueError(
+                f"{file.parent} holds a stopped run with other settings ({'; '.join(changed)}): "
+                "go on with the same ones, or choose another --output"
+            )
+        for key in sorted(state.keys()):
+            kind, _, name = key.partition(":")
+            if kind == "history":
+                continue
+            parameter, tensor = parameters[name], state.get_tensor(key).clone()
+            if kind != "step":  # a number, which stays on the CPU
+                tensor = tensor.to(parameter.device)
+                if isinstance(parameter, DTensor):
+                    tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+            if kind == "weight":
+                parameter.data.copy_(tensor)
+            else:
+                optimizer.state[parameter][kind] = tensor
+        return [(loss, norm) for loss, norm in state.get_tensor("history:").tolist()]
+
+
+def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
+    """Writes the folder that transformers and llava.py load. Every process has to call this; the first one writes."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    processor.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():  # whoever loads the folder has to pad as well, which CLIP's own processor cannot
+            config = read_json(folder / name)
+            settings = config if name == "preprocessor_config.json" else config.get("image_processor", {})
+            settings |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
+            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.save_pretrained(folder)
+
+
+def plot_losses(history: list[tuple[float, float]], file: Path) -> bool:
+    """Draws the losses into a PNG; False if there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per answer token")
+    axes.plot(range(1, len(history) + 1), [loss for loss, _ in history])
+    axes.grid(alpha=0.3)
+    figure.savefig(file, dpi=100)
+    return True
+
+
+# The command line
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Trains a LLaVA-1.5 in the paper's two stages.")
+    add = parser.add_argument
+    add("--stage", required=True, choices=["align", "instruct"], help="train the projector, or projector and decoder")
+    add("--model", required=True, help="base checkpoint: a folder, or a name on the Hugging Face hub")
+    add("--data", required=True, type=Path, help="a file in LLaVA's JSON format")
+    add("--images", required=True, type=Path, help="the folder that the image paths in the data start from")
+    add("--output", required=True, type=Path, help="folder for the trained checkpoint, loss.csv and loss.png")
+    add("--learning-rate", type=float, help="at its highest (default: 1e-3 for align, 2e-5 for instruct)")
+    add("--batch", type=int, help="samples per step, over all processes (default: 256 for align, 128 for instruct)")
+    add("--micro-batch", type=int, default=16, help="samples that one process computes at once (default: %(default)s)")
+    add("--epochs", type=int, default=1, help="passes through the data (default: %(default)s)")
+    add("--warmup-ratio", type=float, default=0.03, help="part of the steps (default: %(default)s)")
+    add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
+    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
+    add("--max-length", type=int, default=2048, help="most tokens of a sequence, with image (default: %(default)s)")
+    add("--system", default=VICUNA_SYSTEM, help="opens every conversation, if not '' (default: Vicuna's sentence)")
+    add("--seed", type=int, default=0, help="decides the order of the data (default: %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between saves to go on from (default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="compute layers twice, to need less memory")
+    add("--skip-broken", action="store_true", help="leave broken entries out, instead of refusing the data")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    args = parser.parse_args()
+    args.learning_rate = LEARNING_RATE[args.stage] if args.learning_rate is None else args.learning_rate
+    args.batch = BATCH[args.stage] if args.batch is None else args.batch
+    for name in ("batch", "micro_batch", "epochs", "max_length", "save_every", "clip", "learning_rate"):
+        if not getattr(args, name) > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if not 0 <= args.warmup_ratio <= 1 or args.weight_decay < 0:
+        parser.error("--warmup-ratio must be between 0 and 1, and --weight-decay not below 0")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Trains from the beginning, or from where a stopped run was saved, to the end."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    state_file = args.output / STATE_FILE
+    if not state_file.exists() and (args.output / "config.json").exists():
+        raise ValueError(f"{args.output} holds a checkpoint already: choose another --output")
+
+    processor = LlavaProcessor.from_pretrained(args.model)
+    processor.image_processor.do_pad = True  # as in the paper: all of the picture is seen
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, "cpu" if world > 1 else device)
+    max_length = min(args.max_length, model.config.text_config.context_length)
+    samples, left_out = read_data(
+        args.data, args.stage, processor, args.images, args.system, max_length, args.skip_broken
+    )
+    if left_out and rank == 0:
+        print(f"train.py: {left_out}", file=sys.stderr)
+    settings = {name: getattr(args, name) for name in SETTINGS} | {"samples": len(samples)}
+    settings["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
+
+    freeze(model, args.stage)
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
+    if world > 1:
+        shard(model, device)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay)
+    history = load_state(state_file, model, optimizer, settings) if state_file.exists() else []
+    plan = [batch for epoch in range(args.epochs) for batch in plan_epoch(samples, args.batch, f"{args.seed}/{epoch}")]
+    shares = [micro_batches(batch, args.micro_batch, rank, world) for batch in plan[len(history) :]]
+    inputs = ahead(lambda rows: collate(rows, processor), itertools.chain.from_iterable(shares))
+
+    def rate(step: int) -> float:
+        return learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)
+
+    def line(step: int) -> str:
+        return f"{step + 1},{history[step][0]!r},{rate(step)!r},{history[step][1]!r}\n"  # digits enough to compare bits
+
+    done = sum(map(len, plan[: len(history)]))
+    args.output.mkdir(parents=True, exist_ok=True)
+    with (
+        open(args.output / "loss.csv" if rank == 0 else os.devnull, "w") as table,
+        tqdm(total=sum(map(len, plan)), initial=done, unit=" samples", mininterval=1, disable=rank > 0) as progress,
+    ):
+        table.write("step,loss,learning_rate,gradient_norm\n" + "".join(map(line, range(len(history)))))
+        for step, share in enumerate(shares, start=len(history)):
+            optimizer.param_groups[0]["lr"] = rate(step)
+            answers = sum(int(sample.is_answer.sum()) for sample in plan[step])
+            history.append(train_step(model, optimizer, itertools.islice(inputs, len(share)), answers, args.clip))
+            if not all(map(math.isfinite, history[-1])):
+                raise ValueError(f"the loss or its gradient is no number at step {step + 1}: lower --learning-rate")
+            table.write(line(step))
+            table.flush()
+            progress.set_postfix(loss=f"{history[-1][0]:.4f}", refresh=False)
+            progress.update(len(plan[step]))
+            if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
+                save_state(state_file, model, optimizer, history, settings)
+    save_model(model, processor, args.output)
+    if rank == 0:
+        if not plot_losses(history, args.output / "loss.png"):
+            print("train.py: there is no matplotlib, so the losses are in loss.csv alone", file=sys.stderr)
+        state_file.unlink()
+        print(f"train.py: peak memory {peak_memory(device)}", file=sys.stderr)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
+    args = parse_arguments()
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted; the same command goes on from the last save")
+    except Exception as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        sys.exit(f"train.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+
+
+if __name__ == "__main__":
+    main()
