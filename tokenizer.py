@@ -158,6 +158,12 @@ class LlamaTokenizer:
 
     # From ids to text
 
+    def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str | None]:
+        """The token behind each id as it stands in the vocabulary, such as "▁cat"; None beyond the vocabulary."""
+        return [
+            self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else self.added_texts.get(i) for i in map(int, ids)
+        ]
+
     def stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
         """Decodes ids while they arrive: yields text as soon as it is final, and all of it in the end.
 
@@ -184,9 +190,8 @@ class LlamaTokenizer:
         for token_id in ids:
             if skip_special_tokens and token_id in self.skipped_ids:
                 continue
-            is_piece = 0 <= token_id < len(self.pieces)
-            token = self.pieces.id_to_piece(token_id) if is_piece else self.added_texts.get(token_id)
-            if is_piece and self.pieces.is_byte(token_id):
+            (token,) = self.convert_ids_to_tokens([token_id])
+            if token is not None and token_id < len(self.pieces) and self.pieces.is_byte(token_id):
                 run.append(int(token[1:-1], 16))  # "<0x0A>"
             elif token is not None:
                 yield from finish(token.replace(SPACE, " "))

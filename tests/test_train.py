@@ -193,7 +193,7 @@ def test_the_folder_gives_the_same_logits_in_transformers(bench):
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     picture = Image.open(bench.folder / "pictures" / "red.png")
     pixels = LlavaImageProcessorPil.from_pretrained(folder)(picture, return_tensors="pt")["pixel_values"]
-    inputs = processor.chat([("<image>\nWhich color?", None)], picture)
+    inputs = processor(picture, "USER: <image>\nWhich color? ASSISTANT:")
     assert processor.image_processor.do_pad
     assert (inputs.pixel_values - pixels).abs().max() <= 1e-6  # transformers pads to a square as well
     with torch.no_grad():

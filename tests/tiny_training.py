@@ -1,52 +1,22 @@
-"""What the tests of training and scoring share: a checkpoint small enough to train, and drawn pictures for it."""
+"""What the tests of training and scoring share: a folder with a small checkpoint, drawn pictures and data."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageDraw
-from random_checkpoint import randomize, write_processor_files
+from toy_data import COLOURS, draw_disc, entry, make_tiny_checkpoint
 
 import train
-from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from vision import CLIPVisionConfig
 
 P = 4  # tokens of an image: 28 x 28 pixels in patches of 14
-COLOURS = ["red", "green", "blue", "black", "orange", "purple", "brown", "gray"]
-
-
-def make_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Writes a checkpoint of 0.2 million parameters with grouped key heads."""
-    write_processor_files(folder, image_size=28)
-    vision = CLIPVisionConfig(32, 64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
-    text = LlamaConfig(
-        vocab_size=448,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlavaForConditionalGeneration(LlavaConfig(vision, text, image_token_id=420, pad_token_id=421))
-    randomize(model, seed)
-    model.save_pretrained(folder)
 
 
 def draw_pictures(folder: Path) -> None:
     """Writes red.png, green.png, ...: a disc of that colour on white, none of them square."""
     folder.mkdir(exist_ok=True)
     for i, colour in enumerate(COLOURS):
-        picture = Image.new("RGB", (40 + 3 * i, 60 - 2 * i), "white")
-        ImageDraw.Draw(picture).ellipse((5, 5, 35, 35), fill=colour)
-        picture.save(folder / f"{colour}.png")
-
-
-def entry(image: str | None, *texts: str) -> dict:
-    """An entry of a data file: an image and what human and gpt say in turns."""
-    roles = ["human", "gpt"] * len(texts)
-    turns = [{"from": role, "value": text} for role, text in zip(roles, texts, strict=False)]
-    return {"id": "x", "conversations": turns} | ({"image": image} if image else {})
+        draw_disc(folder / f"{colour}.png", colour, (40 + 3 * i, 60 - 2 * i), 5, 5)
 
 
 CAPTIONS = [
