@@ -51,7 +51,7 @@ def entry(image: str | None, *texts: str) -> dict:
     return {"id": "x", "conversations": turns} | ({"image": image} if image else {})
 
 
-def make_toy_data(folder: Path, train: int = 256, test: int = 64, seed: int = 0) -> None:
+def make_toy_data(folder: Path, train: int = 1024, test: int = 100, seed: int = 0) -> None:
     """Writes everything that the module's docstring names."""
     rng = random.Random(seed)
     make_tiny_checkpoint(folder / "base")
@@ -59,7 +59,7 @@ def make_toy_data(folder: Path, train: int = 256, test: int = 64, seed: int = 0)
     captions, conversations, questions = [], [], []
     for i in range(train + test):
         colour, size = rng.choice(COLOURS), (rng.randint(40, 60), rng.randint(40, 60))
-        name = f"{i:03}.png"
+        name = f"{i:04}.png"
         draw_disc(folder / "pictures" / name, colour, size, rng.randint(0, size[0] - 31), rng.randint(0, size[1] - 31))
         question = "<image>\nWhich color?"
         if i < train:
