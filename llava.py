@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
 from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
+from quantize import quantize_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
 
@@ -365,7 +366,11 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+        cls,
+        name: str | Path,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str = "cpu",
+        quantize: str | None = None,
     ) -> Self:
         """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
 
@@ -374,6 +379,7 @@ class LlavaForConditionalGeneration(nn.Module):
             dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, which
                 computes 16 bits slowly, and elsewhere the dtype of the checkpoint.
             device: where the model is to run.
+            quantize: "int8" stores linear layers in a byte per weight (quantize.py), made while the file is read.
 
         Raises:
             FileNotFoundError, ValueError: a file is missing or wrong; the message says which and what to do.
@@ -385,6 +391,8 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         with torch.device("meta"):  # a model with shapes but no memory
             model = cls(config)
+            if quantize == "int8":
+                quantize_linears(model)
         load_weights(model, folder, dtype, device)
         model.tie_weights()
         return model.eval()
@@ -717,6 +725,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: the first of them that is there",
     )
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
+    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster on a CPU")
     add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="open with this sentence, or with Vicuna's own")
@@ -806,7 +815,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = processor.tokenizer
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=args.dtype, device=device)
+    model = LlavaForConditionalGeneration.from_pretrained(args.model, args.dtype, device, args.quantize)
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}

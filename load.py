@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 # What transformers takes for a field that config.json leaves out, where it depends on more than the field itself.
@@ -54,7 +54,7 @@ PREFIXES = [
 HARMLESS = (".position_ids", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry and nobody needs
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 5 * 10**9  # the largest file that saving writes
-BIG = 10**9  # bytes of weights that take long enough to load for a progress bar
+BIG = 10**9  # bytes of files that take long enough to load for a progress bar
 # Everything of a folder but its weights and their config: what belongs to the tokenizer and the image processor.
 PROCESSOR_FILES = ["tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json"]
 PROCESSOR_FILES += ["special_tokens_map.json", "preprocessor_config.json", "processor_config.json"]
@@ -231,15 +231,20 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     if problems:
         raise ValueError("\n  ".join([f"the weights in {folder} do not fit its config.json:", *sorted(problems)]))
 
-    total = sum(parameter.numel() for parameter in wanted.values()) * dtype.itemsize
+    total = sum(file.stat().st_size for file in {stored[name].file for name in wanted})
     quiet = True if total < BIG else None  # None: tqdm shows the bar on a terminal only
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=quiet) as progress:
         for name in wanted:
+            path, _, attribute = name.rpartition(".")
+            module = model.get_submodule(path)
             with safe_open(stored[name].file, "pt") as opened:
-                tensor = opened.get_tensor(stored[name].name).to(device=device, dtype=dtype)
-            owner, _, attribute = name.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, nn.Parameter(tensor))
-            progress.update(tensor.nbytes)
+                tensor = opened.get_tensor(stored[name].name)
+                progress.update(tensor.nbytes)
+                if wanted[name].dtype == torch.int8:
+                    module.load_weight(tensor.to(device))
+                else:
+                    setattr(module, attribute, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+                del tensor  # or its mapping would outlive the file
 
 
 def save_weights(model: nn.Module, folder: Path, config: dict, generation_config: dict) -> None:
@@ -260,8 +265,7 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            name.replace("vision_tower.", "vision_tower.vision_model.", 1): parameters[name].detach().cpu().contiguous()
-            for name in names
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1): _stored(model, name) for name in names
         }
         save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
         os.replace(folder / f"{file}.part", folder / file)
@@ -276,6 +280,14 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
             old.unlink(missing_ok=True)  # left by an earlier save with another number of shards
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", generation_config)
+
+
+def _stored(model: nn.Module, name: str) -> Tensor:
+    """A parameter as it is written to a file; weights of one byte as the numbers that they stand for."""
+    parameter = model.get_parameter(name).detach()
+    if parameter.dtype == torch.int8:
+        parameter = model.get_submodule(name.rpartition(".")[0]).dequantized()
+    return parameter.cpu().contiguous()
 
 
 def _write_json(path: Path, value: dict) -> None:

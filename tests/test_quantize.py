@@ -1,0 +1,140 @@
+"""Layers with weights of one byte compute what their rounded weights say, and take a quarter of the memory."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import make_judge
+from torch import nn
+
+from llava import KVCache, LlavaForConditionalGeneration
+from quantize import Int8Linear
+
+
+def make_layer(width_in: int, width_out: int, bias: bool = True) -> tuple[Int8Linear, nn.Linear]:
+    """An int8 layer, and a float one with the same, rounded, weights."""
+    generator = torch.Generator().manual_seed(width_in)
+    exact = nn.Linear(width_in, width_out, bias=bias)
+    exact.weight.data.normal_(generator=generator)
+    rounded = Int8Linear(width_in, width_out, bias=bias)
+    rounded.load_weight(exact.weight)
+    rounded.bias = exact.bias
+    exact.weight.data = rounded.dequantized()
+    return rounded, exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (700,)], ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (37, 5), (1, 1), (513, 130)], ids=str)
+@torch.no_grad()
+def test_the_product_is_that_of_the_rounded_weights(widths, rows, dtype, check):
+    ours, exact = make_layer(*widths)
+    x = torch.randn(*rows, widths[0], generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = ours(x)
+    assert y.dtype == dtype
+    rounding = {torch.float32: 2**-12, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]  # the output's own
+    check(f"int8 layer, {dtype}", y.float(), exact(x.float()), limit=rounding)
+
+
+def test_weights_are_rounded_to_the_nearest_of_255_steps():
+    weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
+    layer = Int8Linear(100, 64)
+    layer.load_weight(weight.half())
+    assert (layer.weight.abs().amax(dim=1) == 127).all()
+    assert ((layer.dequantized() - weight.half().float()).abs() <= layer.scale[:, None] * 0.501).all()
+
+
+@torch.no_grad()
+def test_rows_of_very_different_size_do_not_disturb_each_other(check):
+    ours, exact = make_layer(64, 64, bias=False)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-6], [1.0], [1e6]])
+    for row in range(3):
+        check("int8 layer, rows of different size", ours(x)[row], exact(x)[row], limit=2**-12)
+
+
+@torch.no_grad()
+def test_zeros_give_the_bias():
+    ours, exact = make_layer(64, 64)
+    assert torch.equal(ours(torch.zeros(2, 64)), exact.bias.expand(2, -1))
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """A model loaded with quantize="int8", and transformers' with the same, rounded, weights."""
+    judge = make_judge(text={"num_key_value_heads": 2})
+    judge.save_pretrained(tmp_path)
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize="int8")
+    for name, module in judge.named_modules():
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            rounded = Int8Linear(module.in_features, module.out_features)
+            rounded.load_weight(module.weight)
+            module.weight.data = rounded.dequantized()
+    return ours, judge
+
+
+@torch.no_grad()
+def test_the_model_has_the_logits_of_transformers_with_rounded_weights(pair, prompt, check):
+    ours, theirs = pair
+    assert isinstance(ours.language_model.model.layers[0].mlp.up_proj, Int8Linear)
+    assert isinstance(ours.vision_tower.encoder.layers[0].mlp.fc1, Int8Linear)
+    assert isinstance(ours.language_model.lm_head, nn.Linear)
+    check("int8 model against rounded weights", ours(**prompt()).logits, theirs(**prompt()).logits, limit=2**-10)
+
+
+def test_cache_and_batch_give_the_tokens_of_transformers_with_rounded_weights(pair, prompt):
+    ours, theirs = pair
+    inputs = prompt()
+    expected = theirs.generate(**inputs, max_new_tokens=24, do_sample=False)
+    assert torch.equal(ours.generate(**inputs, max_new_tokens=24), expected)
+    twice = {name: tensor.expand(2, *[-1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+    assert torch.equal(ours.generate(**twice, max_new_tokens=24), expected.expand(2, -1))
+    cache = KVCache(ours)
+    first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
+    assert torch.equal(ours.generate(first, max_new_tokens=12, cache=cache), expected)
+
+
+@torch.no_grad()
+def test_what_is_saved_holds_the_rounded_weights_and_rounds_to_itself(pair, prompt, tmp_path, check):
+    ours, theirs = pair
+    ours.save_pretrained(tmp_path / "saved")
+    reloaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    check("saved from int8", reloaded(**prompt()).logits, theirs(**prompt()).logits)
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", quantize="int8")
+    for name, parameter in again.named_parameters():
+        if parameter.dtype == torch.int8:
+            assert torch.equal(parameter, ours.get_parameter(name)), name
+
+
+@torch.no_grad()
+def test_tied_embeddings_stay_tied(tmp_path, prompt):
+    make_judge(tie_word_embeddings=True).save_pretrained(tmp_path)
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize="int8")
+    assert ours.language_model.lm_head.weight is ours.language_model.model.embed_tokens.weight
+    assert ours(**prompt()).logits.isfinite().all()
+
+
+MEASURE = """
+import pathlib, re, sys
+sys.path.insert(0, {root!r})
+from llava import LlavaForConditionalGeneration
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+model = LlavaForConditionalGeneration.from_pretrained({folder!r}, quantize="int8")
+print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.numel() for p in model.parameters()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_loading_takes_the_small_weights_and_one_tensor_more(tmp_path, request):
+    judge = make_judge(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}).half()
+    judge.save_pretrained(tmp_path)
+    script = MEASURE.format(root=str(request.config.rootpath), folder=str(tmp_path))
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    peak, size, largest = map(int, re.findall(r"\d+", output))
+    print(f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights, largest tensor {largest / 1e6:.1f} M weights")
+    assert (
+        peak < size + 2 * largest + 40e6
+    )  # the tensor as it is stored, a few rows in float32, and what libraries take
