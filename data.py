@@ -55,6 +55,7 @@ def encode_entry(
     turns = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError("it has no list of conversations")
+    turns = turns[1:] if turns[0].get("from") == "gpt" else turns  # as LLaVA's scripts do: it answers no question
     roles, texts = [turn.get("from") for turn in turns], [turn.get("value") for turn in turns]
     if roles != ["human", "gpt"] * (len(turns) // 2):
         raise ValueError(f"the roles are {', '.join(map(str, roles))}; human and gpt have to take turns, gpt last")
@@ -64,7 +65,9 @@ def encode_entry(
     image = images / str(entry["image"]) if entry.get("image") else None
     marks = sum(question.count(IMAGE_TOKEN) for question in questions)
     if marks != (image is not None):
-        raise ValueError(f"the number of {IMAGE_TOKEN} marks in its questions is {marks}, of images {int(not marks)}")
+        raise ValueError(
+            f"the number of {IMAGE_TOKEN} marks in its questions is {marks}, of images {int(image is not None)}"
+        )
     if image is not None:
         try:
             Image.open(image).close()  # no more than the header, since there may be many
@@ -123,7 +126,7 @@ def read_data(
             raise ValueError(f"{problem}; repair them, or leave them out with --skip-broken:{listed}")
         problem += f" and left out:{listed}"
     if not samples:
-        raise ValueError(f"{file} has no entries to learn from")
+        raise ValueError(problem or f"{file} has no entries to learn from")
     return samples, problem
 
 

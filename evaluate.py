@@ -180,8 +180,13 @@ def read_questions(file: Path, suffix: str, metric: str) -> list[dict]:
     for question in questions:
         question["prompt"] = question["text"] + suffix
         answers = question.get("answers", question.get("answer"))
-        question["answers"] = [answers] if isinstance(answers, str) else answers
-        if not isinstance(question["answers"], list) or len(question["answers"]) < fewest:
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]  # VQA's own form
+        question["answers"] = [str(answer) for answer in answers if answer is not None]
+        allowed = {"pope": r"(?i)\s*(yes|no)\s*", "letter": r"\s*[A-Ha-h]\s*"}.get(metric, "(?s).*")
+        if not all(re.fullmatch(allowed, answer) for answer in question["answers"]):
+            raise ValueError(f"{file}: question {question['question_id']} has an answer that {metric} does not know")
+        if len(question["answers"]) < fewest:
             needed = f'"answers", a list of {fewest} or more' if fewest > 1 else '"answer", or a list "answers"'
             raise ValueError(f"{file}: question {question['question_id']} needs {needed} for the metric {metric}")
         if key(question) in seen:

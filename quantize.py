@@ -51,9 +51,8 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
         if x.device.type != "cpu":  # the integer kernels elsewhere are for large batches only
-            return F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype) + (
-                0 if self.bias is None else self.bias
-            )
+            out = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+            return out if self.bias is None else out + self.bias
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
         step = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127  # (M, 1)
         high = (rows := rows / step).round()

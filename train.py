@@ -14,6 +14,7 @@ Sources: LLaVA-1.5 (arXiv 2310.03744), section 3 and appendix A, and its release
 """
 
 import argparse
+import datetime
 import functools
 import hashlib
 import itertools
@@ -42,8 +43,7 @@ from tokenizer import VICUNA_SYSTEM
 
 TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}
 # The paper's hyperparameters (appendix A) that differ between the stages.
-LEARNING_RATE = {"align": 1e-3, "instruct": 2e-5}
-BATCH = {"align": 256, "instruct": 128}
+LEARNING_RATE, BATCH = {"align": 1e-3, "instruct": 2e-5}, {"align": 256, "instruct": 128}
 # What a stopped run needs to go on. A safetensors file, but nobody shall take it for the weights of a model.
 STATE_FILE = "trainer.state"
 # What must not change when a run goes on; micro-batch and number of processes may, since they only change roundings.
@@ -97,15 +97,9 @@ def train_step(
 ) -> tuple[float, float]:
     """One step of the optimiser on one batch.
 
-    Args:
-        model, optimizer: changed in place.
-        pieces: this process's micro-batches.
-        answers: how many tokens are learned in the whole batch, all pieces and processes together. The loss is the
-            mean over them, so it does not matter how the batch is cut into pieces.
-        clip: the largest norm of the gradient.
-
-    Returns:
-        The loss of the batch, and the norm of its gradient before clipping.
+    The loss is the mean over all `answers` tokens that are learned in the batch, in all pieces and processes together,
+    so it does not matter how the batch is cut into `pieces`, this process's micro-batches. Returns the loss and the
+    norm of its gradient before it was clipped.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next(model.parameters()).device
@@ -146,9 +140,9 @@ def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, tensor in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
-                tensor = whole(tensor).cpu().contiguous()
+                tensor = whole(tensor)
                 if first:
-                    tensors[f"{kind}:{name}"] = tensor
+                    tensors[f"{kind}:{name}"] = tensor.cpu().contiguous()
     if first:
         part = file.with_name(f"{file.name}.part")
         save_file(tensors, part, metadata={"settings": json.dumps(settings)})
@@ -264,7 +258,8 @@ def run(args: argparse.Namespace) -> None:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while the first process writes what may be a hundred gigabytes.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     state_file = args.output / STATE_FILE
     if not state_file.exists() and (args.output / "config.json").exists():
         raise ValueError(f"{args.output} holds a checkpoint already: choose another --output")

@@ -267,3 +267,42 @@ def test_a_damaged_question_file_is_named_with_its_line(command, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "x"}\n{"question')
     with pytest.raises(SystemExit, match=r"q.jsonl, line 2 is not valid JSON"):
         command()
+
+
+def test_the_options_reach_the_model(command, monkeypatch):
+    seen = []
+    real = evaluate.answer_questions
+
+    def watched(model, processor, questions, images, system, max_new_tokens):
+        seen.append((processor.image_processor.do_pad, system, max_new_tokens))
+        return real(model, processor, questions, images, system, max_new_tokens)
+
+    monkeypatch.setattr(evaluate, "answer_questions", watched)
+    command("--image-mode", "pad", "--system", "Be brief.", "--max-new-tokens", "3")
+    assert set(seen) == {(True, "Be brief.", 3)}
+
+
+@pytest.mark.parametrize(
+    ("metric", "answers", "sentence"),
+    [
+        ("pope", {"answer": "maybe"}, "has an answer that pope does not know"),
+        ("letter", {"answer": "(B) a cat"}, "has an answer that letter does not know"),
+        ("exact", {}, "needs"),
+        ("vqa", {"answers": ["red"] * 3}, "needs"),
+    ],
+)
+def test_right_answers_that_cannot_be_compared_with_are_refused_at_once(metric, answers, sentence, tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "text": "Which?"} | answers))
+    with pytest.raises(ValueError, match=sentence):
+        evaluate.read_questions(file, "", metric)
+
+
+def test_right_answers_come_in_the_form_of_vqa_or_as_numbers_too(tmp_path):
+    file = tmp_path / "q.jsonl"
+    lines = [
+        {"question_id": 1, "text": "?", "answers": [{"answer": "red"}] * 4},
+        {"question_id": 2, "text": "?", "answers": [3] * 4},
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [question["answers"] for question in evaluate.read_questions(file, "", "vqa")] == [["red"] * 4, ["3"] * 4]

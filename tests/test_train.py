@@ -346,3 +346,48 @@ def test_two_processes_give_the_losses_of_one(bench, uninterrupted, begun_by_one
     worst = max(relative_error(b, a) for a, b in zip(one.parameters(), two.parameters(), strict=True))
     print(f"largest relative error of a trained weight: {worst:.1e}")
     assert worst <= 1e-4
+
+
+def test_the_options_reach_every_step(bench, monkeypatch):
+    steps, systems, checkpointed = [], [], []
+    train_step, read_data = train.train_step, train.read_data
+
+    def watched_step(model, optimizer, pieces, answers, clip):
+        group = optimizer.param_groups[0]
+        steps.append((group["lr"], group["weight_decay"], clip))
+        return train_step(model, optimizer, pieces, answers, clip)
+
+    def watched_read(file, stage, processor, images, system, *rest):
+        systems.append(system)
+        return read_data(file, stage, processor, images, system, *rest)
+
+    monkeypatch.setattr(train, "train_step", watched_step)
+    monkeypatch.setattr(train, "read_data", watched_read)
+    monkeypatch.setattr(train, "checkpoint_layers", checkpointed.append)
+    options = ["--batch", 2, "--learning-rate", 0.01, "--clip", 0.5, "--system", "Be nice.", "--gradient-checkpointing"]
+    bench.train("options", COLOUR_QUESTIONS, *options)
+    assert steps == [(train.learning_rate(i, 4, 0.01, 0.03), 0.0, 0.5) for i in range(4)]
+    assert systems == ["Be nice."]
+    assert len(checkpointed) == 1
+
+
+def test_the_gradient_is_clipped(model, batch):
+    """With plain gradient descent the length of the step is that of the gradient."""
+    train.freeze(model, "instruct")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    before = [parameter.detach().clone() for parameter in trained]
+    inputs = batch(MIXED)
+    sgd = torch.optim.SGD(trained, lr=1.0)
+    _, norm = train.train_step(model, sgd, [inputs], int(inputs.is_answer.sum()), clip=0.01)
+    moved = sum((now - then).square().sum() for now, then in zip(trained, before, strict=True)).sqrt().item()
+    assert norm > 0.01
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize(("stage", "rate", "size"), [("align", 1e-3, 256), ("instruct", 2e-5, 128)])
+def test_the_defaults_are_the_papers(stage, rate, size, monkeypatch):
+    paths = ["--model", "m", "--data", "d", "--images", "i", "--output", "o"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", stage, *paths])
+    args = train.parse_arguments()
+    found = [args.learning_rate, args.batch, args.weight_decay, args.warmup_ratio, args.clip, args.max_length]
+    assert found == [rate, size, 0, 0.03, 1, 2048]

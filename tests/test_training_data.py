@@ -125,6 +125,7 @@ BROKEN = {
     "gpt last": entry(None, "How many?"),
     "marks in its questions is 0, of images 1": entry("red.png", "Which color?", "red"),
     "marks in its questions is 1, of images 0": entry(None, "<image>\nWhich color?", "red"),
+    "marks in its questions is 2, of images 1": entry("red.png", "<image> <image>", "red"),
     "no list of conversations": {"image": "red.png"},
     "not a text": {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "red"}]},
 }
@@ -145,6 +146,19 @@ def test_broken_entries_are_left_out_and_counted_on_request(tmp_path, processor,
     samples, left_out = read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=True)
     assert len(samples) == len(MIXED)
     assert left_out.startswith(f"{len(BROKEN)} of {len(BROKEN) + len(MIXED)} entries in {file} are broken")
+
+
+def test_a_first_turn_that_is_not_the_humans_is_left_out(encode):
+    begun_by_gpt = entry(None, "How many?", "one")
+    begun_by_gpt["conversations"].insert(0, {"from": "gpt", "value": "Hello!"})
+    assert encode(begun_by_gpt).ids.tolist() == encode(entry(None, "How many?", "one")).ids.tolist()
+
+
+def test_when_every_entry_is_broken_it_says_why(tmp_path, processor, pictures):
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([BROKEN["missing"]]))
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 entries.*entry 0.*nowhere.png"):
+        read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=True)
 
 
 def test_alignment_refuses_text_without_an_image(encode):
