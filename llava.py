@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
-from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
+from load import copy_processor_files, find_folder, known_fields, load_weights, read_config, read_json, save_weights
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
 
@@ -58,6 +58,8 @@ class LlamaConfig:
     rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     def __post_init__(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"a hidden_size of {self.hidden_size} cannot be cut into {self.num_attention_heads} heads")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
@@ -85,16 +87,34 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:
-        """Takes the fields it knows out of what `load.read_config` returns."""
+        """Takes the fields it knows out of what `load.read_config` returns; a ValueError says what cannot be right."""
+        file = "config.json"
+        return cls(
+            CLIPVisionConfig(**known_fields(CLIPVisionConfig, config["vision_config"], f"{file}, vision_config")),
+            LlamaConfig(**known_fields(LlamaConfig, config["text_config"], f"{file}, text_config")),
+            **known_fields(cls, config, file),
+        )
 
-        def known(cls: type, config: dict) -> dict:
-            return {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
-
-        parts = {
-            "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, config["vision_config"])),
-            "text_config": LlamaConfig(**known(LlamaConfig, config["text_config"])),
+    def __post_init__(self) -> None:
+        """Raises a ValueError if the parts do not fit together."""
+        vision, text, layers = self.vision_config, self.text_config, self.vision_feature_layer
+        depth, layers = vision.num_hidden_layers, [layers] if isinstance(layers, int) else layers
+        rules = {
+            "vision heads that divide its hidden_size": vision.hidden_size % vision.num_attention_heads == 0,
+            "num_key_value_heads that divide the heads": text.num_attention_heads % text.num_key_value_heads == 0,
+            "an even head_dim": text.head_dim % 2 == 0,
+            "3 num_channels": vision.num_channels == 3,
+            f"a vision_feature_layer out of {depth}": layers and all(-depth - 1 <= layer <= depth for layer in layers),
+            "a select_strategy that is default or full": self.vision_feature_select_strategy in ("default", "full"),
+            f"activations out of {', '.join(ACTIVATIONS)}": (
+                {vision.hidden_act, text.hidden_act, self.projector_hidden_act} <= ACTIVATIONS.keys()
+            ),
+            f"a context of more than the {self.image_seq_length} tokens of an image": (
+                0 < self.image_seq_length < text.context_length
+            ),
         }
-        return cls(**known(cls, config) | parts)
+        if broken := [rule for rule, holds in rules.items() if not holds]:
+            raise ValueError(f"config.json describes no model that can work: it needs {'; '.join(broken)}")
 
     @property
     def image_seq_length(self) -> int:
@@ -378,13 +398,18 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises:
             FileNotFoundError, ValueError: a file is missing or wrong; the message says which and what to do.
         """
-        folder, device = find_folder(name), torch.device(device)
+        folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with torch.device("meta"):  # a model with shapes but no memory
-            model = cls(config)
+        try:
+            device = torch.device(device)
+            if dtype == "auto":
+                dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
+            dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+            F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
+            with torch.device("meta"):  # a model with shapes but no memory
+                model = cls(config)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
         load_weights(model, folder, dtype, device)
         model.tie_weights()
         return model.eval()
@@ -515,6 +540,8 @@ class LlavaForConditionalGeneration(nn.Module):
             raise ValueError("the prompt has image tokens, but there are no pixel_values")
         for step in range(steps):
             logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
+            if step == 0 and not logits.isfinite().all():
+                raise ValueError(self.why_not_finite())
             chosen = choose_token(logits, temperature, top_k, top_p, generator)
             pixel_values = attention_mask = None  # they are in the cache now
             tokens = torch.full((batch_size,), self.config.pad_token_id, device=input_ids.device)
@@ -527,6 +554,13 @@ class LlavaForConditionalGeneration(nn.Module):
                 rows, chosen = rows[going_on], chosen[going_on]
                 cache.keep(going_on)
             new_ids = chosen[:, None]
+
+    def why_not_finite(self) -> str:
+        """A sentence on why the logits of a prompt are NaN or infinite."""
+        broken = [name for name, parameter in self.named_parameters() if not parameter.isfinite().all()]
+        if broken:
+            return f"the weights hold NaN or infinity, in {', '.join(broken[:5])}: download them again"
+        return f"the logits are NaN or infinite, though the weights are not: {self.dtype} is too narrow for them"
 
 
 def left_padding(attention_mask: Tensor, shape: torch.Size) -> Tensor | None:
@@ -629,8 +663,26 @@ class LlavaProcessor:
         folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
         nested = read_json(folder / "processor_config.json", missing={}).get("image_processor")  # of transformers 5
-        image_processor = LlavaImageProcessor.from_dict(nested or read_json(folder / "preprocessor_config.json"))
-        return cls(image_processor, LlamaTokenizer.from_pretrained(folder), config.image_seq_length, folder)
+        settings = nested if nested and isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
+        known = known_fields(LlavaImageProcessor, settings, f"{folder}, settings of the image processor", largest=2048)
+        image_processor, tokenizer = LlavaImageProcessor(**known), LlamaTokenizer.from_pretrained(folder)
+        try:  # a trial tells whether these settings make sense together
+            crop, pad = (dataclasses.replace(image_processor, do_pad=pad) for pad in (False, True))
+            shapes = {one(Image.new("RGB", (64, 64))).shape[1:] for one in (crop, pad)}
+        except (ArithmeticError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"the image processor of {folder} cannot work with its settings: {error!r}") from error
+        side, rows = config.vision_config.image_size, config.text_config.vocab_size
+        last = max(len(tokenizer.pieces) - 1, *tokenizer.special_tokens.values())
+        for found, wanted, what in (
+            *[(tuple(shape), (3, side, side), "the shape of images") for shape in shapes],
+            (tokenizer.image_token_id, config.image_token_id, f"the id of {IMAGE_TOKEN}"),
+            (last, min(last, rows - 1), "the last id of the tokenizer"),
+        ):
+            if found != wanted:
+                raise ValueError(
+                    f"{folder} mixes different checkpoints: {what} is {found}, but {wanted} by config.json"
+                )
+        return cls(image_processor, tokenizer, config.image_seq_length, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the files that this processor was loaded from."""

@@ -11,11 +11,15 @@ Sources: transformers' config classes for the defaults, the files of llava-hf/ll
 bakLlava-v1-hf for the quirks, the safetensors format for what a header says.
 """
 
+import dataclasses
 import json
 import os
+import reprlib
 import shutil
+import types
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +46,8 @@ TEXT_DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": 1, "linear": 2, "llama3": 5}  # how many of these numbers each of them needs
 # The layouts of tensor names: (prefix in the file, our prefix), to be replaced in this order. Our names are those that
 # transformers 5 writes. The others are its names in memory (lines 1, 2 and 4) and those of the hub (line 3).
 PREFIXES = [
@@ -51,7 +56,11 @@ PREFIXES = [
     ("vision_tower.vision_model.", "vision_tower."),
     ("lm_head.", "language_model.lm_head."),
 ]
+GIT_LFS = b"version https://git-lfs"  # how the file begins that git leaves in the place of one that was not fetched
 HARMLESS = (".position_ids", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry and nobody needs
+FLOATS = ("F64", "F32", "F16", "BF16")  # other dtypes are quantised weights, which need more than a conversion
+LARGEST = 10**7  # what a config file may give for a size: beyond that, even the names of the weights fill the memory
+MOST_LAYERS = 1000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 5 * 10**9  # the largest file that saving writes
 BIG = 10**9  # bytes of weights that take long enough to load for a progress bar
@@ -89,10 +98,12 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         if missing is None:
             raise FileNotFoundError(f"{path.parent} has no {path.name}")
         return missing
+    if path.stat().st_size > 10**8:
+        raise ValueError(f"{path} is over 100 MB, which no file of its kind needs")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; is the download complete?") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
     return value
@@ -117,8 +128,11 @@ def read_config(folder: Path) -> dict:
             f"{folder / 'config.json'} is of model type {raw.get('model_type')!r}; only 'llava' is supported "
             "(LLaVA-1.5, BakLLaVA and their fine-tunes in Hugging Face format)"
         )
+    for name in ("text_config", "vision_config"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ValueError(f"{folder / 'config.json'}: {name} is not an object")
     text = raw.get("text_config") or {}
-    text_type = text.get("model_type", "llama")
+    text_type = str(text.get("model_type", "llama"))
     if text_type not in TEXT_DEFAULTS:
         raise ValueError(f"{folder / 'config.json'}: the text model {text_type!r} is not supported")
     vision = raw.get("vision_config") or VISION_DEFAULTS
@@ -132,7 +146,7 @@ def read_config(folder: Path) -> dict:
         return next(found, default)
 
     eos = first("eos_token_id", 2)
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = (eos if isinstance(eos, list) else [eos]) or [2]
     return {
         **raw,
         "image_token_id": raw.get("image_token_id", raw.get("image_token_index", 32000)),
@@ -150,12 +164,56 @@ def _rope_parameters(text: dict) -> dict:
 
     Raises a ValueError for a kind of RoPE that would give wrong logits here.
     """
-    old = text.get("rope_scaling") or {}
-    rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **(text.get("rope_parameters") or {})}
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise ValueError("config.json: rope_scaling or rope_parameters is not an object")
+    rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **new}
+    rope["rope_type"] = str(rope.pop("type", None) or rope.get("rope_type") or "default")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(f"RoPE of type {rope['rope_type']!r} is not supported, only {', '.join(ROPE_TYPES)}")
+    for name in ROPE_NUMBERS[: ROPE_TYPES[rope["rope_type"]]]:
+        if not (_fits(rope.get(name), float) and rope[name] > 0):
+            raise ValueError(f"config.json: the {name} of RoPE is {rope.get(name)!r}, where a number above 0 is needed")
     return rope
+
+
+def known_fields(cls: type, config: dict, where: str, largest: int = LARGEST) -> dict:
+    """Those entries of a config file that are fields of a dataclass; what is null takes the dataclass's default.
+
+    Raises a ValueError for a value that has not the type of its field, or is a size that no model has. (Numbers that
+    are no sizes: an id may be 0, and layers are counted from both ends.)
+    """
+    known = {}
+    for name, kind in get_type_hints(cls).items():
+        value = config.get(name)
+        if value is None or dataclasses.is_dataclass(kind):
+            continue
+        if not _fits(value, kind):
+            kind = getattr(kind, "__name__", kind) if get_origin(kind) is None else kind
+            raise ValueError(f"{where}: {name} is {reprlib.repr(value)}, which is not of the type {kind}")
+        most = MOST_LAYERS if name == "num_hidden_layers" else largest
+        least = -most if name.endswith(("_id", "_layer", "resample")) else 1
+        sizes = value.values() if isinstance(value, dict) and name != "rope_parameters" else [value]
+        if any(type(size) is int and not least <= size <= most for size in sizes):
+            raise ValueError(
+                f"{where}: {name} is {reprlib.repr(value)}; it must be at least {least} and at most {most}"
+            )
+        known[name] = value
+    return known
+
+
+def _fits(value: object, kind: object) -> bool:
+    """Whether a value from a JSON file has the type of an annotation; a whole number is a float as well."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in args)
+    if origin in (list, Sequence):
+        return isinstance(value, list) and all(_fits(item, args[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, args[1]) for item in value.values())
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 1e30  # which NaN and infinity are not
+    return type(value) is kind
 
 
 # *.safetensors
@@ -167,6 +225,7 @@ class StoredTensor(NamedTuple):
     file: Path
     name: str  # in that file
     shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it: "F32"
 
 
 def our_name(name: str) -> str:
@@ -180,11 +239,23 @@ def our_name(name: str) -> str:
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of a folder's weights: our name -> where that tensor lies.
 
-    Raises a FileNotFoundError if there are no weights or a shard is missing, and a ValueError if a file is damaged or
-    the weights are pickles, which can run code.
+    The files are those that the index names, or else model.safetensors, or else all there are. A file may be a link
+    only within the folder, or to the blobs beside the snapshots of a hub cache: strangers' folders stay in themselves.
+
+    Raises a FileNotFoundError if there are no weights or a shard is missing, and a ValueError if a file is damaged,
+    is elsewhere, has what another one has, or if the weights are pickles, which can run code.
     """
-    index = read_json(folder / "model.safetensors.index.json", missing={})
-    files = sorted({folder / name for name in index.get("weight_map", {}).values()} or folder.glob("*.safetensors"))
+    index_file = folder / "model.safetensors.index.json"
+    weight_map = read_json(index_file, missing={"weight_map": {}}).get("weight_map")
+    if not _fits(weight_map, dict[str, str]):
+        raise ValueError(f"{index_file} has no weight_map of tensor names to file names")
+    for name in weight_map.values():
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index_file} names {reprlib.repr(name)}, which is no safetensors file in its own folder")
+    files = sorted({folder / name for name in weight_map.values()})
+    if not files:
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if not pickles:
@@ -194,18 +265,27 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             "author put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the "
             "author, make one with transformers: from_pretrained, then save_pretrained"
         )
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for file in files:
+        if not any(file.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(f"{file} is a link to {file.resolve()}, out of its folder: put the file itself there")
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: finish the download")
+            raise FileNotFoundError(f"{folder} lacks {file.name}: finish the download")
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(file, "pt") as opened:  # which refuses headers that do not fit the size of the file
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
                     if not name.endswith(HARMLESS):
-                        shape = tuple(opened.get_slice(name).get_shape())
-                        tensors[our_name(name)] = StoredTensor(file, name, shape)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+                        part = opened.get_slice(name)
+                        found = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+                        before = tensors.setdefault(our_name(name), found)
+                        if before is not found:
+                            raise ValueError(f"{before.file} has {before.name}, and {file.name} has {name} as well")
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last is PyTorch's, when it maps the file
+            with open(file, "rb") as content:
+                if content.read(len(GIT_LFS)) == GIT_LFS:
+                    raise ValueError(f"{file} is a git-lfs pointer and not the file itself: run git lfs pull") from None
+            raise ValueError(f"{file} is not a complete safetensors file: {error}; download it again") from error
     return tensors
 
 
@@ -216,7 +296,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
     back only when the mapping ends. So memory never holds the weights twice.
 
-    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape.
+    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape or dtype.
     """
     stored = find_tensors(folder)
     wanted = dict(model.named_parameters())  # a tied parameter under its first name only
@@ -227,6 +307,11 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
         f"wrong shape: {name} is {stored[name].shape}, but {tuple(wanted[name].shape)} by config.json"
         for name in wanted.keys() & stored.keys()
         if stored[name].shape != tuple(wanted[name].shape)
+    ]
+    problems += [
+        f"wrong dtype: {name} is {tensor.dtype}, but only {', '.join(FLOATS)} are supported (not quantised weights)"
+        for name, tensor in stored.items()
+        if tensor.dtype not in FLOATS
     ]
     if problems:
         raise ValueError("\n  ".join([f"the weights in {folder} do not fit its config.json:", *sorted(problems)]))
