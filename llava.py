@@ -188,8 +188,9 @@ class KVCache:
     def __init__(self, model: "LlavaForConditionalGeneration", batch_size: int = 1, max_length: int = 0) -> None:
         config = model.config.text_config
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)  # (layers, B, Hkv, max_length, Dh)
-        self.values = torch.empty_like(self.keys)
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+            self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)  # (layers, B, Hkv, max_length, Dh)
+            self.values = torch.empty_like(self.keys)
         self.length = 0  # tokens held so far; setting it back forgets the last ones
         self.padding: Tensor | None = None  # (B,): how many of them, on the left, are padding
 
@@ -203,7 +204,8 @@ class KVCache:
             return new
 
         if max_length > room:
-            self.keys, self.values = larger(self.keys), larger(self.values)
+            with torch.inference_mode(False), torch.no_grad():
+                self.keys, self.values = larger(self.keys), larger(self.values)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds one layer's keys and values (B, Hkv, T, Dh); returns all of that layer (B, Hkv, length + T, Dh)."""
@@ -451,6 +453,26 @@ class LlavaForConditionalGeneration(nn.Module):
             )
         return embeddings.masked_scatter(is_image[..., None], features.to(embeddings.dtype))
 
+    def check_inputs(self, input_ids: Tensor, pixel_values: Tensor | None, attention_mask: Tensor | None) -> None:
+        """Raises a ValueError for tensors that would end in an error of PyTorch's somewhere in the layers."""
+        given = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+        for name, tensor in given.items():
+            if tensor is not None and tensor.device != self.device:
+                raise ValueError(f"{name} is on {tensor.device} and the model on {self.device}: use inputs.to(...)")
+        if input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int) or not input_ids.numel():
+            raise ValueError(f"input_ids must be whole numbers (B, T), not {input_ids.dtype} {tuple(input_ids.shape)}")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            shapes = f"{tuple(attention_mask.shape)}, not {tuple(input_ids.shape)}"
+            raise ValueError(f"the attention_mask has the shape {shapes}")
+        size = (3, *[self.config.vision_config.image_size] * 2)
+        if pixel_values is not None and (pixel_values.shape[1:] != size or not pixel_values.is_floating_point()):
+            found = f"{pixel_values.dtype} {tuple(pixel_values.shape)}"
+            raise ValueError(f"pixel_values must be floating-point numbers (N, {str(size)[1:]}, not {found}")
+        # Looking at the values would make a GPU wait, so the single tokens of generation are spared.
+        rows = self.config.text_config.vocab_size
+        if input_ids.shape[1] > 1 and not 0 <= input_ids.min() <= input_ids.max() < rows:
+            raise ValueError(f"input_ids go from {input_ids.min()} to {input_ids.max()}, and the model has {rows} rows")
+
     def forward(
         self,
         input_ids: Tensor,
@@ -472,16 +494,21 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Raises a ValueError if the image tokens do not fit the images or the mask does not fit the tokens.
         """
-        if cache is not None and cache.length > 0:
+        begun = cache is not None and cache.length > 0  # then what is padding is known
+        self.check_inputs(input_ids, pixel_values, None if begun else attention_mask)
+        if cache is not None and cache.keys.shape[1] != len(input_ids):
+            raise ValueError(f"the cache is for {cache.keys.shape[1]} rows, but input_ids has {len(input_ids)}")
+        if begun:
             padding = cache.padding
         else:
-            padding = None if attention_mask is None else left_padding(attention_mask, input_ids.shape)
+            padding = None if attention_mask is None else left_padding(attention_mask)
             if cache is not None:
                 cache.padding = padding
-        hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
-        last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
-        hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
-        return LlavaOutput(self.language_model.lm_head(hidden))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
+            last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
+            hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
+            return LlavaOutput(self.language_model.lm_head(hidden))
 
     def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
         """All of `generate_stream`, which has the arguments: the prompt and the answer, (B, T + new)."""
@@ -517,6 +544,7 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises a ValueError that names the argument that cannot be right.
         """
         check_sampling(temperature, top_k, top_p)
+        self.check_inputs(input_ids, pixel_values, attention_mask)
         batch_size, length = input_ids.shape
         limit = self.config.text_config.context_length
         if length >= limit:
@@ -563,14 +591,14 @@ class LlavaForConditionalGeneration(nn.Module):
         return f"the logits are NaN or infinite, though the weights are not: {self.dtype} is too narrow for them"
 
 
-def left_padding(attention_mask: Tensor, shape: torch.Size) -> Tensor | None:
+def left_padding(attention_mask: Tensor) -> Tensor | None:
     """How many zeros each row of a mask (B, T) begins with: (B,), or None if there are none in all of it.
 
-    Raises a ValueError if the shape is not this one, or a row has zeros between its ones or nothing but zeros.
+    Raises a ValueError if there is something else in it, or a row has zeros between its ones or nothing but zeros.
     """
-    if attention_mask.shape != shape:
-        raise ValueError(f"the attention_mask has the shape {tuple(attention_mask.shape)}, not {tuple(shape)}")
     real = attention_mask.bool()
+    if (real != attention_mask).any():
+        raise ValueError("the attention_mask must be 1 for tokens and 0 for padding")
     left = (real.cumsum(1) == 0).sum(1)
     right = (real.flip(1).cumsum(1) == 0).sum(1)
     if (left + right + real.sum(1) != real.shape[1]).any():
@@ -580,8 +608,8 @@ def left_padding(attention_mask: Tensor, shape: torch.Size) -> Tensor | None:
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     """Raises a ValueError if an option of `choose_token` is out of its range or would have no effect."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
+    if temperature != 0 and not 1e-5 <= temperature < math.inf:  # below, logits divided by it would be infinite
+        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or 1e-5 or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}; it must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
@@ -718,6 +746,8 @@ class LlavaProcessor:
         padding: bool = False,
     ) -> Inputs:
         """Ids with one `<image>` for each image, as `encode_chat` makes them -> the model's inputs; see `__call__`."""
+        if not prompts:
+            raise ValueError("there is no prompt")
         images = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
         image_id = self.tokenizer.image_token_id
         marks = sum(ids.count(image_id) for ids in prompts)
