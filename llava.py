@@ -19,12 +19,17 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nllava.py: interrupted\n"), os._exit(1)))
 
 import torch
 import torch.nn.functional as F
@@ -847,7 +852,7 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
         yield args.question or "What is shown in this image?"
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - where it exists, it lets input() edit lines and remember them
-    while args.chat:
+    while args.chat and sys.stdin is not None:  # as it is if it was closed from the start
         try:
             if sys.stdin.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)
@@ -929,29 +934,44 @@ def run(args: argparse.Namespace) -> None:
 
 def sentence(error: Exception) -> str:
     """What went wrong, for a person; for errors that nobody foresaw it also says how to see more."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError | ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error} (LLAVA_DEBUG=1 shows where)"
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename or 'reading or writing failed'}: {error.strerror}"
+    elif isinstance(error, OSError | ValueError):
+        text = str(error)
+    else:
+        text = f"{type(error).__name__}: {error} (LLAVA_DEBUG=1 shows where)"
+    # Names in a file from strangers may hold characters that a terminal obeys.
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+def command_line(program: str, run: Callable[[], None], interrupted: str = "interrupted") -> None:
+    """Runs a command that was asked for at a terminal: exit code 0, or 1 and one sentence on stderr."""
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        for stream in (sys.stdin, sys.stdout):  # a character that a terminal lacks, or bytes that are none: a mark
+            with contextlib.suppress(AttributeError):  # None, if it was closed from the start
+                stream.reconfigure(errors="replace")
+        return run()
+    except BrokenPipeError:
+        message = "standard output was closed before all was written"
+    except KeyboardInterrupt:
+        program, message = f"\n{program}", interrupted
+    except Exception as error:
+        if os.environ.get("LLAVA_DEBUG"):
+            raise
+        message = sentence(error)
+    try:
+        print(end="", flush=True)
+    except OSError:  # a closed pipe, a full disk: Python would complain once more at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(f"{program}: {message}")
 
 
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    try:
-        if sys.stdout is not None:  # as it is if it was closed from the start
-            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-        run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-        sys.exit("llava.py: standard output was closed before the answer was complete")
-    except KeyboardInterrupt:
-        sys.exit("\nllava.py: interrupted")
-    except Exception as error:
-        if os.environ.get("LLAVA_DEBUG"):
-            raise
-        sys.exit(f"llava.py: {sentence(error)}")
+    command_line("llava.py", lambda: run(args))
 
 
 if __name__ == "__main__":

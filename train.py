@@ -20,9 +20,14 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: interrupted\n"), os._exit(1)))
 
 import torch
 import torch.distributed as dist
@@ -36,7 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import ahead, collate, micro_batches, plan_epoch, read_data
-from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, peak_memory, pick_device
+from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, command_line, peak_memory, pick_device
 from load import read_json
 from tokenizer import VICUNA_SYSTEM
 
@@ -332,14 +337,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command goes on from the last save")
-    except Exception as error:
-        if os.environ.get("LLAVA_DEBUG"):
-            raise
-        sys.exit(f"train.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+    command_line("train.py", lambda: run(args), "interrupted; the same command goes on from the last save")
 
 
 if __name__ == "__main__":
