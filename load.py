@@ -17,7 +17,7 @@ import os
 import reprlib
 import shutil
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -331,9 +331,12 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
     """Writes weights and configs under the names of the hub's checkpoints, which every LLaVA loader knows.
 
     Weights beyond 5 GB go into several shards. A file gets its final name when it is complete, so a model can be saved
-    over the very files that its weights are mapped from.
+    over the very files that its weights are mapped from. Shards never take the names that the index in the folder has
+    in use: until the new index is there, all at once, the folder holds the model that it held before.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    index = folder / "model.safetensors.index.json"
+    stem = "model-b" if index.is_file() and b'"model-0' in index.read_bytes() else "model"
     shards: list[list[str]] = [[]]
     parameters, filled, total = dict(model.named_parameters()), 0, 0
     for name, parameter in parameters.items():
@@ -343,30 +346,44 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
         filled, total = filled + parameter.nbytes, total + parameter.nbytes
     weight_map = {}
     for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
             name.replace("vision_tower.", "vision_tower.vision_model.", 1): parameters[name].detach().cpu().contiguous()
             for name in names
         }
-        save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{file}.part", folder / file)
+        write_whole(folder / file, lambda part, tensors=tensors: save_file(tensors, part, {"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
-    index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
-    for old in [folder / "model.safetensors", *folder.glob("model-?????-of-?????.safetensors")]:
+    ours = ("model.safetensors", "model-?????-of-?????.safetensors", "model-b-?????-of-?????.safetensors")
+    for old in [path for pattern in ours for path in folder.glob(pattern)]:
         if old.name not in weight_map.values():
             old.unlink(missing_ok=True)  # left by an earlier save with another number of shards
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config)
 
 
-def _write_json(path: Path, value: dict) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def write_json(path: Path, value: dict) -> None:
+    """Writes an object to a JSON file."""
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` write a file beside this one and puts it in its place when it is complete and on the disk.
+
+    Raises an OSError that says why that failed; whatever was there before still is.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def copy_processor_files(source: Path, target: Path) -> None:

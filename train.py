@@ -32,7 +32,7 @@ if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 from data import ahead, collate, micro_batches, plan_epoch, read_data
 from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, command_line, peak_memory, pick_device
-from load import read_json
+from load import read_json, write_json, write_whole
 from tokenizer import VICUNA_SYSTEM
 
 TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}
@@ -155,21 +155,21 @@ def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
                 if first:
                     tensors[f"{kind}:{name}"] = tensor
     if first:
-        part = file.with_name(f"{file.name}.part")
-        save_file(tensors, part, metadata={"settings": json.dumps(settings)})
-        with open(part, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(part, file)
+        write_whole(file, lambda part: save_file(tensors, part, metadata={"settings": json.dumps(settings)}))
 
 
 def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> list[tuple]:
     """Puts what `save_state` wrote into model and optimiser, and returns the history.
 
     Raises:
-        ValueError: the settings of the stopped run were others.
+        ValueError: the settings of the stopped run were others, or the file is damaged.
     """
     parameters = dict(model.named_parameters())
-    with safe_open(file, "pt") as state:
+    try:
+        state = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it to begin anew") from error
+    with state:
         before = json.loads(state.metadata()["settings"])
         changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
         if changed:
@@ -206,7 +206,7 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
             config = read_json(folder / name)
             settings = config if name == "preprocessor_config.json" else config.get("image_processor", {})
             settings |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / name, config)
     model.save_pretrained(folder)
 
 
