@@ -20,12 +20,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from llava import Inputs, LlavaProcessor
 from tokenizer import IMAGE_TOKEN
-from vision import load_image
+from vision import load_image, open_image
 
 # From the file to samples
 
@@ -70,7 +69,7 @@ def encode_entry(
         )
     if image is not None:
         try:
-            Image.open(image).close()  # no more than the header, since there may be many
+            open_image(image).close()  # no more than the header, since there may be many
         except Exception as error:  # Pillow has one kind for each way in which a file can be damaged
             raise ValueError(f"its image is missing or damaged: {error}") from error
 
@@ -109,7 +108,7 @@ def read_data(
     """
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(entries, list):
         raise ValueError(f"{file} holds a {type(entries).__name__} where a list of entries was expected")

@@ -17,12 +17,17 @@ import argparse
 import json
 import os
 import re
-import sys
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nevaluate.py: interrupted\n"), os._exit(1)))
+
 from tqdm import tqdm
 
+from check import command_line
 from llava import LlavaForConditionalGeneration, LlavaProcessor, pick_device
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM
 from vision import load_image
@@ -312,14 +317,8 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        sys.exit("evaluate.py: interrupted; the same command goes on with the questions that are left")
-    except Exception as error:
-        if os.environ.get("LLAVA_DEBUG"):
-            raise
-        sys.exit(f"evaluate.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+    hint = "interrupted; the same command goes on with the questions that are left"
+    command_line("evaluate.py", lambda: run(args), hint)
 
 
 if __name__ == "__main__":

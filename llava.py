@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,12 +27,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nllava.py: interrupted\n"), os._exit(1)))
+
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 
+from check import (
+    check_config,
+    check_inputs,
+    check_processor,
+    check_sampling,
+    command_line,
+    known_fields,
+    why_not_finite,
+)
 from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
 from quantize import quantize_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
@@ -59,6 +73,8 @@ class LlamaConfig:
     rope_parameters: dict = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
 
     def __post_init__(self) -> None:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"a hidden_size of {self.hidden_size} cannot be cut into {self.num_attention_heads} heads")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
@@ -86,16 +102,16 @@ class LlavaConfig:
 
     @classmethod
     def from_dict(cls, config: dict) -> Self:
-        """Takes the fields it knows out of what `load.read_config` returns."""
+        """Takes the fields it knows out of what `load.read_config` returns; a ValueError says what cannot be right."""
+        file = "config.json"
+        return cls(
+            CLIPVisionConfig(**known_fields(CLIPVisionConfig, config["vision_config"], f"{file}, vision_config")),
+            LlamaConfig(**known_fields(LlamaConfig, config["text_config"], f"{file}, text_config")),
+            **known_fields(cls, config, file),
+        )
 
-        def known(cls: type, config: dict) -> dict:
-            return {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
-
-        parts = {
-            "vision_config": CLIPVisionConfig(**known(CLIPVisionConfig, config["vision_config"])),
-            "text_config": LlamaConfig(**known(LlamaConfig, config["text_config"])),
-        }
-        return cls(**known(cls, config) | parts)
+    def __post_init__(self) -> None:
+        check_config(self, ACTIVATIONS)
 
     @property
     def image_seq_length(self) -> int:
@@ -169,8 +185,9 @@ class KVCache:
     def __init__(self, model: "LlavaForConditionalGeneration", batch_size: int = 1, max_length: int = 0) -> None:
         config = model.config.text_config
         shape = (config.num_hidden_layers, batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)  # (layers, B, Hkv, max_length, Dh)
-        self.values = torch.empty_like(self.keys)
+        with torch.inference_mode(False):  # what is made in that mode could not be written to outside of it
+            self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)  # (layers, B, Hkv, max_length, Dh)
+            self.values = torch.empty_like(self.keys)
         self.length = 0  # tokens held so far; setting it back forgets the last ones
         self.padding: Tensor | None = None  # (B,): how many of them, on the left, are padding
 
@@ -184,7 +201,8 @@ class KVCache:
             return new
 
         if max_length > room:
-            self.keys, self.values = larger(self.keys), larger(self.values)
+            with torch.inference_mode(False), torch.no_grad():
+                self.keys, self.values = larger(self.keys), larger(self.values)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds one layer's keys and values (B, Hkv, T, Dh); returns all of that layer (B, Hkv, length + T, Dh)."""
@@ -384,15 +402,20 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises:
             FileNotFoundError, ValueError: a file is missing or wrong; the message says which and what to do.
         """
-        folder, device = find_folder(name), torch.device(device)
+        folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
-        if dtype == "auto":
-            dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        with torch.device("meta"):  # a model with shapes but no memory
-            model = cls(config)
-            if quantize == "int8":
-                quantize_linears(model)
+        try:
+            device = torch.device(device)
+            if dtype == "auto":
+                dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
+            dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+            F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
+            with torch.device("meta"):  # a model with shapes but no memory
+                model = cls(config)
+                if quantize == "int8":
+                    quantize_linears(model)
+        except (AssertionError, RuntimeError, TypeError) as error:
+            raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
         load_weights(model, folder, dtype, device)
         model.tie_weights()
         return model.eval()
@@ -455,16 +478,21 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Raises a ValueError if the image tokens do not fit the images or the mask does not fit the tokens.
         """
-        if cache is not None and cache.length > 0:
+        begun = cache is not None and cache.length > 0  # then what is padding is known
+        check_inputs(self.config, self.device, input_ids, pixel_values, None if begun else attention_mask)
+        if cache is not None and cache.keys.shape[1] != len(input_ids):
+            raise ValueError(f"the cache is for {cache.keys.shape[1]} rows, but input_ids has {len(input_ids)}")
+        if begun:
             padding = cache.padding
         else:
-            padding = None if attention_mask is None else left_padding(attention_mask, input_ids.shape)
+            padding = None if attention_mask is None else left_padding(attention_mask)
             if cache is not None:
                 cache.padding = padding
-        hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
-        last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
-        hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
-        return LlavaOutput(self.language_model.lm_head(hidden))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+            hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
+            last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
+            hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
+            return LlavaOutput(self.language_model.lm_head(hidden))
 
     def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
         """All of `generate_stream`, which has the arguments: the prompt and the answer, (B, T + new)."""
@@ -500,6 +528,7 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises a ValueError that names the argument that cannot be right.
         """
         check_sampling(temperature, top_k, top_p)
+        check_inputs(self.config, self.device, input_ids, pixel_values, attention_mask)
         batch_size, length = input_ids.shape
         limit = self.config.text_config.context_length
         if length >= limit:
@@ -523,6 +552,8 @@ class LlavaForConditionalGeneration(nn.Module):
             raise ValueError("the prompt has image tokens, but there are no pixel_values")
         for step in range(steps):
             logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
+            if step == 0 and not logits.isfinite().all():
+                raise ValueError(why_not_finite(self, self.dtype))
             chosen = choose_token(logits, temperature, top_k, top_p, generator)
             pixel_values = attention_mask = None  # they are in the cache now
             tokens = torch.full((batch_size,), self.config.pad_token_id, device=input_ids.device)
@@ -537,31 +568,19 @@ class LlavaForConditionalGeneration(nn.Module):
             new_ids = chosen[:, None]
 
 
-def left_padding(attention_mask: Tensor, shape: torch.Size) -> Tensor | None:
+def left_padding(attention_mask: Tensor) -> Tensor | None:
     """How many zeros each row of a mask (B, T) begins with: (B,), or None if there are none in all of it.
 
-    Raises a ValueError if the shape is not this one, or a row has zeros between its ones or nothing but zeros.
+    Raises a ValueError if there is something else in it, or a row has zeros between its ones or nothing but zeros.
     """
-    if attention_mask.shape != shape:
-        raise ValueError(f"the attention_mask has the shape {tuple(attention_mask.shape)}, not {tuple(shape)}")
     real = attention_mask.bool()
+    if (real != attention_mask).any():
+        raise ValueError("the attention_mask must be 1 for tokens and 0 for padding")
     left = (real.cumsum(1) == 0).sum(1)
     right = (real.flip(1).cumsum(1) == 0).sum(1)
     if (left + right + real.sum(1) != real.shape[1]).any():
         raise ValueError("the attention_mask has a row with padding between its tokens, or without any tokens")
     return left if left.any() else None
-
-
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raises a ValueError if an option of `choose_token` is out of its range or would have no effect."""
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; it must be 0 (always the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError("top_k and top_p need a temperature above 0: without one the likeliest token is taken")
 
 
 def filter_logits(logits: Tensor, temperature: float, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -637,8 +656,11 @@ class LlavaProcessor:
         folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
         nested = read_json(folder / "processor_config.json", missing={}).get("image_processor")  # of transformers 5
-        image_processor = LlavaImageProcessor.from_dict(nested or read_json(folder / "preprocessor_config.json"))
-        return cls(image_processor, LlamaTokenizer.from_pretrained(folder), config.image_seq_length, folder)
+        settings = nested if nested and isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
+        known = known_fields(LlavaImageProcessor, settings, f"{folder}, settings of the image processor", largest=2048)
+        image_processor, tokenizer = LlavaImageProcessor(**known), LlamaTokenizer.from_pretrained(folder)
+        check_processor(folder, config, image_processor, tokenizer)
+        return cls(image_processor, tokenizer, config.image_seq_length, folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Copies the files that this processor was loaded from."""
@@ -674,6 +696,8 @@ class LlavaProcessor:
         padding: bool = False,
     ) -> Inputs:
         """Ids with one `<image>` for each image, as `encode_chat` makes them -> the model's inputs; see `__call__`."""
+        if not prompts:
+            raise ValueError("there is no prompt")
         images = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
         image_id = self.tokenizer.image_token_id
         marks = sum(ids.count(image_id) for ids in prompts)
@@ -774,7 +798,7 @@ def questions(args: argparse.Namespace) -> Iterator[str]:
         yield args.question or "What is shown in this image?"
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - where it exists, it lets input() edit lines and remember them
-    while args.chat:
+    while args.chat and sys.stdin is not None:  # as it is if it was closed from the start
         try:
             if sys.stdin.isatty():
                 print("> ", end="", file=sys.stderr, flush=True)
@@ -854,31 +878,10 @@ def run(args: argparse.Namespace) -> None:
         print(f"peak memory {peak_memory(device)}", file=sys.stderr)
 
 
-def sentence(error: Exception) -> str:
-    """What went wrong, for a person; for errors that nobody foresaw it also says how to see more."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    if isinstance(error, OSError | ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error} (LLAVA_DEBUG=1 shows where)"
-
-
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    try:
-        if sys.stdout is not None:  # as it is if it was closed from the start
-            sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
-        run(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
-        sys.exit("llava.py: standard output was closed before the answer was complete")
-    except KeyboardInterrupt:
-        sys.exit("\nllava.py: interrupted")
-    except Exception as error:
-        if os.environ.get("LLAVA_DEBUG"):
-            raise
-        sys.exit(f"llava.py: {sentence(error)}")
+    command_line("llava.py", lambda: run(args))
 
 
 if __name__ == "__main__":

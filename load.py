@@ -13,7 +13,9 @@ bakLlava-v1-hf for the quirks, the safetensors format for what a header says.
 
 import json
 import os
+import reprlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from check import fits
 
 # What transformers takes for a field that config.json leaves out, where it depends on more than the field itself.
 # A vision_config that is there but sparse gets the defaults of CLIPVisionConfig (ViT-B/32) instead of these.
@@ -42,7 +46,8 @@ TEXT_DEFAULTS = {
         "sliding_window": 4096,
     },
 }
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_TYPES = {"default": 1, "linear": 2, "llama3": 5}  # how many of these numbers each of them needs
 # The layouts of tensor names: (prefix in the file, our prefix), to be replaced in this order. Our names are those that
 # transformers 5 writes. The others are its names in memory (lines 1, 2 and 4) and those of the hub (line 3).
 PREFIXES = [
@@ -51,7 +56,9 @@ PREFIXES = [
     ("vision_tower.vision_model.", "vision_tower."),
     ("lm_head.", "language_model.lm_head."),
 ]
+GIT_LFS = b"version https://git-lfs"  # how the file begins that git leaves in the place of one that was not fetched
 HARMLESS = (".position_ids", ".rotary_emb.inv_freq")  # buffers that old checkpoints carry and nobody needs
+FLOATS = ("F64", "F32", "F16", "BF16")  # other dtypes are quantised weights, which need more than a conversion
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_BYTES = 5 * 10**9  # the largest file that saving writes
 BIG = 10**9  # bytes of files that take long enough to load for a progress bar
@@ -89,10 +96,12 @@ def read_json(path: Path, missing: dict | None = None) -> dict:
         if missing is None:
             raise FileNotFoundError(f"{path.parent} has no {path.name}")
         return missing
+    if path.stat().st_size > 10**8:
+        raise ValueError(f"{path} is over 100 MB, which no file of its kind needs")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; is the download complete?") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
     return value
@@ -117,8 +126,11 @@ def read_config(folder: Path) -> dict:
             f"{folder / 'config.json'} is of model type {raw.get('model_type')!r}; only 'llava' is supported "
             "(LLaVA-1.5, BakLLaVA and their fine-tunes in Hugging Face format)"
         )
+    for name in ("text_config", "vision_config"):
+        if not isinstance(raw.get(name), dict | None):
+            raise ValueError(f"{folder / 'config.json'}: {name} is not an object")
     text = raw.get("text_config") or {}
-    text_type = text.get("model_type", "llama")
+    text_type = str(text.get("model_type", "llama"))
     if text_type not in TEXT_DEFAULTS:
         raise ValueError(f"{folder / 'config.json'}: the text model {text_type!r} is not supported")
     vision = raw.get("vision_config") or VISION_DEFAULTS
@@ -132,7 +144,7 @@ def read_config(folder: Path) -> dict:
         return next(found, default)
 
     eos = first("eos_token_id", 2)
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = (eos if isinstance(eos, list) else [eos]) or [2]
     return {
         **raw,
         "image_token_id": raw.get("image_token_id", raw.get("image_token_index", 32000)),
@@ -150,11 +162,16 @@ def _rope_parameters(text: dict) -> dict:
 
     Raises a ValueError for a kind of RoPE that would give wrong logits here.
     """
-    old = text.get("rope_scaling") or {}
-    rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **(text.get("rope_parameters") or {})}
-    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    old, new = text.get("rope_scaling") or {}, text.get("rope_parameters") or {}
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        raise ValueError("config.json: rope_scaling or rope_parameters is not an object")
+    rope = {"rope_theta": text.get("rope_theta") or 10000.0, **old, **new}
+    rope["rope_type"] = str(rope.pop("type", None) or rope.get("rope_type") or "default")
     if rope["rope_type"] not in ROPE_TYPES:
         raise ValueError(f"RoPE of type {rope['rope_type']!r} is not supported, only {', '.join(ROPE_TYPES)}")
+    for name in ROPE_NUMBERS[: ROPE_TYPES[rope["rope_type"]]]:
+        if not (fits(rope.get(name), float) and rope[name] > 0):
+            raise ValueError(f"config.json: the {name} of RoPE is {rope.get(name)!r}, where a number above 0 is needed")
     return rope
 
 
@@ -167,6 +184,7 @@ class StoredTensor(NamedTuple):
     file: Path
     name: str  # in that file
     shape: tuple[int, ...]
+    dtype: str  # as safetensors calls it: "F32"
 
 
 def our_name(name: str) -> str:
@@ -180,11 +198,23 @@ def our_name(name: str) -> str:
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Reads the headers of a folder's weights: our name -> where that tensor lies.
 
-    Raises a FileNotFoundError if there are no weights or a shard is missing, and a ValueError if a file is damaged or
-    the weights are pickles, which can run code.
+    The files are those that the index names, or else model.safetensors, or else all there are. A file may be a link
+    only within the folder, or to the blobs beside the snapshots of a hub cache: strangers' folders stay in themselves.
+
+    Raises a FileNotFoundError if there are no weights or a shard is missing, and a ValueError if a file is damaged,
+    is elsewhere, has what another one has, or if the weights are pickles, which can run code.
     """
-    index = read_json(folder / "model.safetensors.index.json", missing={})
-    files = sorted({folder / name for name in index.get("weight_map", {}).values()} or folder.glob("*.safetensors"))
+    index_file = folder / "model.safetensors.index.json"
+    weight_map = read_json(index_file, missing={"weight_map": {}}).get("weight_map")
+    if not fits(weight_map, dict[str, str]):
+        raise ValueError(f"{index_file} has no weight_map of tensor names to file names")
+    for name in weight_map.values():
+        if name != Path(name).name or not name.endswith(".safetensors"):
+            raise ValueError(f"{index_file} names {reprlib.repr(name)}, which is no safetensors file in its own folder")
+    files = sorted({folder / name for name in weight_map.values()})
+    if not files:
+        single = folder / "model.safetensors"
+        files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
         if not pickles:
@@ -194,18 +224,27 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
             "author put in, so they are refused. Take a safetensors version of the checkpoint or, if you trust the "
             "author, make one with transformers: from_pretrained, then save_pretrained"
         )
-    tensors = {}
+    tensors: dict[str, StoredTensor] = {}
+    homes = (folder.resolve(), folder.resolve().parent.parent / "blobs")
     for file in files:
+        if not any(file.resolve().is_relative_to(home) for home in homes):
+            raise ValueError(f"{file} is a link to {file.resolve()}, out of its folder: put the file itself there")
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} lacks {file.name}, which its index names: finish the download")
+            raise FileNotFoundError(f"{folder} lacks {file.name}: finish the download")
         try:
-            with safe_open(file, "pt") as opened:
+            with safe_open(file, "pt") as opened:  # which refuses headers that do not fit the size of the file
                 for name in opened.keys():  # noqa: SIM118 - it is no dict
                     if not name.endswith(HARMLESS):
-                        shape = tuple(opened.get_slice(name).get_shape())
-                        tensors[our_name(name)] = StoredTensor(file, name, shape)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+                        part = opened.get_slice(name)
+                        found = StoredTensor(file, name, tuple(part.get_shape()), part.get_dtype())
+                        before = tensors.setdefault(our_name(name), found)
+                        if before is not found:
+                            raise ValueError(f"{before.file} has {before.name}, and {file.name} has {name} as well")
+        except (SafetensorError, OSError, RuntimeError) as error:  # the last is PyTorch's, when it maps the file
+            with open(file, "rb") as content:
+                if content.read(len(GIT_LFS)) == GIT_LFS:
+                    raise ValueError(f"{file} is a git-lfs pointer and not the file itself: run git lfs pull") from None
+            raise ValueError(f"{file} is not a complete safetensors file: {error}; download it again") from error
     return tensors
 
 
@@ -216,7 +255,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
     back only when the mapping ends. So memory never holds the weights twice.
 
-    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape.
+    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape or dtype.
     """
     stored = find_tensors(folder)
     wanted = dict(model.named_parameters())  # a tied parameter under its first name only
@@ -227,6 +266,11 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
         f"wrong shape: {name} is {stored[name].shape}, but {tuple(wanted[name].shape)} by config.json"
         for name in wanted.keys() & stored.keys()
         if stored[name].shape != tuple(wanted[name].shape)
+    ]
+    problems += [
+        f"wrong dtype: {name} is {tensor.dtype}, but only {', '.join(FLOATS)} are supported (not quantised weights)"
+        for name, tensor in stored.items()
+        if tensor.dtype not in FLOATS
     ]
     if problems:
         raise ValueError("\n  ".join([f"the weights in {folder} do not fit its config.json:", *sorted(problems)]))
@@ -251,9 +295,12 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
     """Writes weights and configs under the names of the hub's checkpoints, which every LLaVA loader knows.
 
     Weights beyond 5 GB go into several shards. A file gets its final name when it is complete, so a model can be saved
-    over the very files that its weights are mapped from.
+    over the very files that its weights are mapped from. Shards never take the names that the index in the folder has
+    in use: until the new index is there, all at once, the folder holds the model that it held before.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    index = folder / "model.safetensors.index.json"
+    stem = "model-b" if index.is_file() and b'"model-0' in index.read_bytes() else "model"
     shards: list[list[str]] = [[]]
     parameters, filled, total = dict(model.named_parameters()), 0, 0
     for name, parameter in parameters.items():
@@ -263,23 +310,22 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
         filled, total = filled + parameter.nbytes, total + parameter.nbytes
     weight_map = {}
     for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        file = "model.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
             name.replace("vision_tower.", "vision_tower.vision_model.", 1): _stored(model, name) for name in names
         }
-        save_file(tensors, folder / f"{file}.part", metadata={"format": "pt"})
-        os.replace(folder / f"{file}.part", folder / file)
+        write_whole(folder / file, lambda part, tensors=tensors: save_file(tensors, part, {"format": "pt"}))
         weight_map |= dict.fromkeys(tensors, file)
-    index = folder / "model.safetensors.index.json"
     if len(shards) > 1:
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
     else:
         index.unlink(missing_ok=True)
-    for old in [folder / "model.safetensors", *folder.glob("model-?????-of-?????.safetensors")]:
+    ours = ("model.safetensors", "model-?????-of-?????.safetensors", "model-b-?????-of-?????.safetensors")
+    for old in [path for pattern in ours for path in folder.glob(pattern)]:
         if old.name not in weight_map.values():
             old.unlink(missing_ok=True)  # left by an earlier save with another number of shards
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", generation_config)
+    write_json(folder / "config.json", config)
+    write_json(folder / "generation_config.json", generation_config)
 
 
 def _stored(model: nn.Module, name: str) -> Tensor:
@@ -290,10 +336,25 @@ def _stored(model: nn.Module, name: str) -> Tensor:
     return parameter.cpu().contiguous()
 
 
-def _write_json(path: Path, value: dict) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, path)
+def write_json(path: Path, value: dict) -> None:
+    """Writes an object to a JSON file."""
+    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_whole(file: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` write a file beside this one and puts it in its place when it is complete and on the disk.
+
+    Raises an OSError that says why that failed; whatever was there before still is.
+    """
+    part = file.with_name(f"{file.name}.part")
+    try:
+        write(part)
+        with open(part, "rb+") as written:
+            os.fsync(written.fileno())
+        os.replace(part, file)
+    except (SafetensorError, OSError) as error:
+        part.unlink(missing_ok=True)
+        raise OSError(f"{file} could not be written: {getattr(error, 'strerror', None) or error}") from error
 
 
 def copy_processor_files(source: Path, target: Path) -> None:

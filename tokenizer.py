@@ -49,12 +49,26 @@ class LlamaTokenizer:
         add_bos_token: bool = True,
         pad_token: str = "<pad>",
     ) -> None:
+        content = Path(model_file).read_bytes()
+        if content.startswith(b"version https://git-lfs"):
+            raise ValueError(f"{model_file} is a git-lfs pointer and not the file itself: run git lfs pull")
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=Path(model_file).read_bytes())
-        except RuntimeError as error:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")  # b"" means "none yet"
+            texts = self.pieces.id_to_piece(list(range(len(self.pieces))))
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{model_file} is not a SentencePiece model: is the download complete?") from error
+        if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
+            raise ValueError(f"{model_file} has no <s> or no </s>, so it is not Llama's")
         if IMAGE_TOKEN not in added_tokens:
             raise ValueError(f"the tokenizer of {Path(model_file).parent} has no token {IMAGE_TOKEN}: not a LLaVA?")
+        by_id = dict(enumerate(texts))
+        for text, token_id in sorted(added_tokens.items(), key=lambda item: item[1]):
+            if by_id.setdefault(token_id, text) != text or not 0 <= token_id < len(by_id):
+                there = f"it is {by_id[token_id]}" if by_id[token_id] != text else f"{len(by_id) - 1} is the next one"
+                raise ValueError(
+                    f"the added token {text} of {Path(model_file).parent} cannot have the id {token_id}, for {there}: "
+                    "tokenizer.model is another one, or its download is not complete"
+                )
         control = [i for i in range(len(self.pieces)) if self.pieces.is_control(i) or self.pieces.is_unknown(i)]
         self.special_tokens = {self.pieces.id_to_piece(i): i for i in control} | added_tokens
         self.skipped_ids = {*control, *(added_tokens[text] for text in (added_tokens if special is None else special))}
@@ -81,19 +95,25 @@ class LlamaTokenizer:
         config = _read_json(folder / "tokenizer_config.json")
         added_tokens = _read_json(folder / "added_tokens.json")
         special = set(added_tokens)
-        for token_id, token in config.get("added_tokens_decoder", {}).items():
-            added_tokens[token["content"]] = int(token_id)
-            if token.get("special"):
-                special.add(token["content"])
-            else:
-                special.discard(token["content"])
-        pad_token = config.get("pad_token") or "<pad>"
+        try:
+            for token_id, token in (config.get("added_tokens_decoder") or {}).items():
+                added_tokens[token["content"]] = int(token_id)
+                if token.get("special"):
+                    special.add(token["content"])
+                else:
+                    special.discard(token["content"])
+            pad_token = config.get("pad_token") or "<pad>"
+            pad_token = str(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / 'tokenizer_config.json'} has tokens that are not as they should be") from error
+        if not all(text and type(text) is str and type(token_id) is int for text, token_id in added_tokens.items()):
+            raise ValueError(f"the added tokens of {folder} are not texts with ids: {str(added_tokens)[:200]}")
         return cls(
             folder / "tokenizer.model",
             added_tokens,
             special,
-            add_bos_token=config.get("add_bos_token", True),
-            pad_token=pad_token["content"] if isinstance(pad_token, dict) else pad_token,
+            add_bos_token=config.get("add_bos_token", True) is not False,
+            pad_token=pad_token,
         )
 
     # From text to ids
@@ -211,6 +231,9 @@ def _read_json(path: Path) -> dict:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
+    return value

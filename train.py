@@ -21,14 +21,19 @@ import itertools
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
+    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
+    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: interrupted\n"), os._exit(1)))
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -36,9 +41,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from check import command_line
 from data import ahead, collate, micro_batches, plan_epoch, read_data
 from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, peak_memory, pick_device
-from load import read_json
+from load import read_json, write_json, write_whole
 from tokenizer import VICUNA_SYSTEM
 
 TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}
@@ -144,21 +150,21 @@ def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
                 if first:
                     tensors[f"{kind}:{name}"] = tensor.cpu().contiguous()
     if first:
-        part = file.with_name(f"{file.name}.part")
-        save_file(tensors, part, metadata={"settings": json.dumps(settings)})
-        with open(part, "rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(part, file)
+        write_whole(file, lambda part: save_file(tensors, part, metadata={"settings": json.dumps(settings)}))
 
 
 def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> list[tuple]:
     """Puts what `save_state` wrote into model and optimiser, and returns the history.
 
     Raises:
-        ValueError: the settings of the stopped run were others.
+        ValueError: the settings of the stopped run were others, or the file is damaged.
     """
     parameters = dict(model.named_parameters())
-    with safe_open(file, "pt") as state:
+    try:
+        state = safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}): delete it to begin anew") from error
+    with state:
         before = json.loads(state.metadata()["settings"])
         changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
         if changed:
@@ -195,7 +201,7 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
             config = read_json(folder / name)
             settings = config if name == "preprocessor_config.json" else config.get("image_processor", {})
             settings |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_json(folder / name, config)
     model.save_pretrained(folder)
 
 
@@ -327,14 +333,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
     args = parse_arguments()
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        sys.exit("train.py: interrupted; the same command goes on from the last save")
-    except Exception as error:
-        if os.environ.get("LLAVA_DEBUG"):
-            raise
-        sys.exit(f"train.py: {error or type(error).__name__} (LLAVA_DEBUG=1 shows where)")
+    command_line("train.py", lambda: run(args), "interrupted; the same command goes on from the last save")
 
 
 if __name__ == "__main__":

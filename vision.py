@@ -14,11 +14,13 @@ transformers' CLIPImageProcessorPil and LlavaImageProcessorPil. Parameter names 
 import http.client
 import io
 import sys
+import threading
 import time
 import urllib.request
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -35,8 +37,12 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
-MAX_DOWNLOAD = 100 * 2**20  # bytes
+# Pillow reads more, but some of it with the help of other programs (EPS: Ghostscript) or without limits.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO", "TGA")
+MAX_STREAM = 100 * 2**20  # bytes from a URL or a pipe
 DOWNLOAD_SECONDS = 60
+MAX_SQUARE = 2**30  # pixels that a picture may have with its bars: resizing them takes seconds
+STRIP_PIXELS = 2**24
 
 
 # From a file to pixels
@@ -52,37 +58,65 @@ def load_image(source: str) -> Image.Image:
         source: a path, an http(s) URL, or "-" for standard input. An OSError says that it cannot be opened or fetched,
             a ValueError that it is not an image that Pillow can read.
     """
-    if source == "-":
-        source, file = "standard input", io.BytesIO(sys.stdin.buffer.read())
-    elif source.startswith(("http://", "https://")):
+    if source.startswith(("http://", "https://")):
         file = io.BytesIO(_download(source))
+    elif source == "-":
+        if sys.stdin is None:
+            raise OSError("standard input, where an image was to come from, is closed")
+        source, file = "standard input", sys.stdin.buffer
+    elif "\0" in source:
+        raise ValueError(f"{source!r} is not a path")
     else:
         file = open(source, "rb")  # noqa: SIM115 - closed below
     with file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, about odd palettes and large images
+        if not file.seekable() or source == "standard input":
+            file = io.BytesIO(file.read(MAX_STREAM + 1))
+            if file.getbuffer().nbytes > MAX_STREAM:
+                raise OSError(f"{source} goes on for over {MAX_STREAM >> 20} MiB, which no image needs")
         try:
-            return ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+            image = open_image(file)
+            ImageOps.exif_transpose(image, in_place=True)
+            return image if image.mode == "RGB" else image.convert("RGB")
         except UnidentifiedImageError as error:
-            raise ValueError(f"{source} is not an image that Pillow can read") from error
+            raise ValueError(f"{source} is not an image that Pillow can read; try JPEG or PNG") from error
         except Image.DecompressionBombError as error:
             raise ValueError(f"{source} has too many pixels: {error}") from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ValueError(f"{source} is a damaged image: {error}") from error
+        except Exception as error:  # Pillow has one kind for each way in which a file can be damaged
+            raise ValueError(f"{source} is a damaged image: {error or type(error).__name__}") from error
+
+
+def open_image(file: Path | io.IOBase) -> Image.Image:
+    """Reads no more than the header of an image; whatever is wrong with it raises one of Pillow's many errors."""
+    Image.init()
+    return Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _download(url: str) -> bytes:
     """The body behind a URL; whatever goes wrong, a slow or endless answer too, ends in an OSError."""
-    deadline, body = time.monotonic() + DOWNLOAD_SECONDS, bytearray()
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some sites refuse urllib's own
-        with urllib.request.urlopen(request, timeout=10) as response:
-            while chunk := response.read1(2**16):
-                body += chunk
-                if len(body) > MAX_DOWNLOAD or time.monotonic() > deadline:
-                    raise OSError(f"it is over {MAX_DOWNLOAD >> 20} MiB or takes over {DOWNLOAD_SECONDS} seconds")
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"{url} could not be fetched: {error}") from error
-    return bytes(body)
+    deadline, result = time.monotonic() + DOWNLOAD_SECONDS, []
+    too_much = f"it is over {MAX_STREAM >> 20} MiB or takes over {DOWNLOAD_SECONDS} seconds"
+
+    def fetch() -> None:
+        body = bytearray()
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "Mozilla/5.0"})  # some refuse urllib's own
+            with urllib.request.urlopen(request, timeout=10) as response:
+                while chunk := response.read1(2**16):
+                    body += chunk
+                    if len(body) > MAX_STREAM or time.monotonic() > deadline:
+                        raise OSError(too_much)
+            result.append(bytes(body))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            result.append(error)
+
+    # In a thread of its own, since a server that sends its headers byte by byte never runs into urllib's time limit.
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    if result and isinstance(result[0], bytes):
+        return result[0]
+    raise OSError(f"{url} could not be fetched: {result[0] if result else too_much}")
 
 
 @dataclass
@@ -106,6 +140,10 @@ class LlavaImageProcessor:
     do_rescale: bool = True
     do_normalize: bool = True
 
+    def __post_init__(self) -> None:
+        if 0 in np.float32(self.image_std):
+            raise ValueError("image_std has a 0, and pixels are divided by it")
+
     @classmethod
     def from_dict(cls, config: dict) -> Self:
         """Takes the fields it knows out of a preprocessor_config.json; a null means the default."""
@@ -120,10 +158,16 @@ class LlavaImageProcessor:
     def preprocess(self, image: Image.Image) -> np.ndarray:
         """One image -> (3, 336, 336), float32."""
         image = _on_white(image)
+        size = (max(image.size), max(image.size)) if self.do_pad else image.size
+        size = self._resized(size) if self.do_resize else size
+        if size[0] * size[1] > Image.MAX_IMAGE_PIXELS or (self.do_pad and max(image.size) * image.height > MAX_SQUARE):
+            raise ValueError(
+                f"an image of {image.width} x {image.height} pixels is too long and thin: cut it"
+                + ("" if self.do_pad else ", or try --image-mode pad")
+            )
         if self.do_pad:
-            image = self._pad_to_square(image)
-        if self.do_resize:
-            image = image.resize(self._resized(image.size), self.resample)
+            image = self._pad_to_square(image, size[0])
+        image = image.resize(size, self.resample)
         if self.do_center_crop:
             size = self.crop_size
             height, width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
@@ -131,16 +175,25 @@ class LlavaImageProcessor:
             image = image.crop((left, top, left + width, top + height))
         pixels = np.asarray(image)  # (336, 336, 3), 0 to 255
         if self.do_rescale:
-            pixels = pixels * self.rescale_factor  # in float64, as transformers does
+            pixels = pixels * float(self.rescale_factor)  # in float64, as transformers does
         pixels = pixels.astype(np.float32)
         if self.do_normalize:
             pixels = (pixels - np.float32(self.image_mean)) / np.float32(self.image_std)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
-    def _pad_to_square(self, image: Image.Image) -> Image.Image:
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in self.image_mean))
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    def _pad_to_square(self, image: Image.Image, width: int) -> Image.Image:
+        """Adds bars on two sides, and resizes the rows to their final width.
+
+        Pillow resizes all rows first and then all columns, so no value depends on this being done here. But the square
+        of a long panorama would take gigabytes, and so there is never more of it than a strip of some rows.
+        """
+        side, colour = max(image.size), tuple(int(255 * mean) for mean in self.image_mean)
+        square = Image.new("RGB", (width, side), colour)
+        left, top, rows = (side - image.width) // 2, (side - image.height) // 2, max(1, STRIP_PIXELS // side)
+        for y in range(0, image.height, rows):
+            strip = Image.new("RGB", (side, min(rows, image.height - y)), colour)
+            strip.paste(image.crop((0, y, image.width, y + strip.height)), (left, 0))
+            square.paste(strip.resize((width, strip.height), self.resample), (0, top + y))
         return square
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -148,12 +201,7 @@ class LlavaImageProcessor:
         if isinstance(self.size, dict) and "shortest_edge" not in self.size:
             return self.size["width"], self.size["height"]
         short = self.size["shortest_edge"] if isinstance(self.size, dict) else self.size
-        width, height = (int(short * side / min(size)) for side in size)
-        if width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(
-                f"an image of {size[0]} x {size[1]} pixels is too long and thin: cut it, or try --image-mode pad"
-            )
-        return width, height
+        return int(short * size[0] / min(size)), int(short * size[1] / min(size))
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -187,25 +187,6 @@ def test_debugging_shows_where_it_failed(call, monkeypatch):
         call("<image> What?")
 
 
-USAGES = {
-    "nothing to do": [],
-    "unknown option": ["--colour", "red", "Hello"],
-    "negative temperature": ["--temperature", "-1", "Hello"],
-    "top-p without temperature": ["--top-p", "0.5", "Hello"],
-    "no tokens": ["--max-new-tokens", "0", "Hello"],
-    "seed too large": ["--seed", str(2**63), "Hello"],
-    "standard input twice": ["--image", "-", "--image", "-", "Hello"],
-    "standard input for image and chat": ["--image", "-", "--chat"],
-}
-
-
-@pytest.mark.parametrize("name", USAGES)
-def test_a_wrong_usage_is_exit_code_2(name, call):
-    result = call(*USAGES[name])
-    assert result.returncode == 2
-    assert b"usage: llava.py" in result.stderr
-
-
 def test_a_reader_who_closes_early_ends_it_quietly(request, checkpoint):
     command = f"{sys.executable} {request.config.rootpath / 'llava.py'} --model {checkpoint} --max-new-tokens 900 Hello"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, timeout=120)

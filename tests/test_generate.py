@@ -188,39 +188,6 @@ def test_a_cache_makes_room_once_for_what_a_call_can_need(make_pair, prompt):
     assert torch.equal(second, ours.generate(second[:, :54], inputs["pixel_values"], max_new_tokens=20))
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"input_ids": torch.ones(1, 1024, dtype=torch.long)}, "there are 1024 tokens, but only 1023 fit"),
-        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
-        ({"temperature": -0.5}, "temperature is -0.5"),
-        ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
-        ({"top_p": 0.9}, "need a temperature above 0"),
-        ({"attention_mask": torch.tensor([[1] * 19 + [0]])}, "padding on the right"),
-        ({"attention_mask": torch.tensor([[1] * 9 + [0] + [1] * 10])}, "padding between its tokens"),
-        ({"attention_mask": torch.tensor([[0] * 20])}, "padding on the right"),
-        ({"attention_mask": torch.ones(1, 5)}, r"has the shape \(1, 5\), not \(1, 20\)"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_what_cannot_be_generated_is_refused_with_the_reason(change, sentence, make_pair, prompt):
-    ours, _ = make_pair()
-    with pytest.raises(ValueError, match=sentence):
-        ours.generate(**{**prompt(images=0), **change})
-
-
-@pytest.mark.parametrize(("rows", "filled"), [(2, 0), (1, 20)])
-def test_a_cache_that_does_not_fit_the_prompt_is_refused(rows, filled, make_pair, prompt):
-    ours, _ = make_pair()
-    ids = prompt(images=0)["input_ids"].expand(rows, -1)
-    cache = new_cache(ours)
-    cache.length = filled
-    with pytest.raises(ValueError, match=f"a cache of {filled} tokens needs one row of more tokens"):
-        ours.generate(ids, cache=cache)
-
-
 @pytest.mark.parametrize("with_cache", [False, True])
 def test_image_tokens_without_images_are_refused(with_cache, make_pair, prompt):
     ours, _ = make_pair()

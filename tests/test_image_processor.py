@@ -72,11 +72,6 @@ def test_several_images_make_one_batch():
     torch.testing.assert_close(processor(images), torch.cat([processor(image) for image in images]), rtol=0, atol=0)
 
 
-def test_a_thread_of_an_image_is_refused_and_not_blown_up():
-    with pytest.raises(ValueError, match="1 x 60000 pixels is too long and thin"):
-        LlavaImageProcessor(size=336, crop_size=336)(Image.new("RGB", (1, 60000)))
-
-
 def marked_image() -> Image.Image:
     """An image of which every turn and mirroring looks different."""
     image = Image.new("RGB", (40, 24), "white")

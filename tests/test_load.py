@@ -134,62 +134,7 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_message(judge, tmp_path)
     ]
 
 
-# Broken folders
-
-
-BROKEN = {
-    "no such folder": (lambda folder: shutil.rmtree(folder), "there is no folder"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
-    "config is a list": (lambda folder: (folder / "config.json").write_text("[]"), "holds a list"),
-    "another model": (
-        lambda folder: (folder / "config.json").write_text('{"model_type": "llava_next"}'),
-        "model type 'llava_next'; only 'llava' is supported",
-    ),
-    "another decoder": (
-        lambda folder: (folder / "config.json").write_text(
-            '{"model_type": "llava", "text_config": {"model_type": "qwen2"}}'
-        ),
-        "text model 'qwen2' is not supported",
-    ),
-    "another vision tower": (
-        lambda folder: (folder / "config.json").write_text(
-            '{"model_type": "llava", "vision_config": {"model_type": "siglip"}}'
-        ),
-        "vision model 'siglip' is not supported",
-    ),
-    "another RoPE": (
-        lambda folder: (folder / "config.json").write_text(
-            '{"model_type": "llava", "text_config": {"rope_scaling": {"type": "yarn", "factor": 2}}}'
-        ),
-        "RoPE of type 'yarn' is not supported",
-    ),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
-    "pickled weights": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        r"pickles \(pytorch_model.bin\).*refused.*safetensors",
-    ),
-    "half a file": (
-        lambda folder: (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:9999]),
-        "model.safetensors is not a complete safetensors file",
-    ),
-    "a shard is missing": (
-        lambda folder: (folder / "model.safetensors.index.json").write_text(
-            '{"weight_map": {"a": "gone.safetensors"}}'
-        ),
-        "lacks gone.safetensors",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_folder_is_refused_with_the_reason(name, judge, tmp_path):
-    folder = tmp_path / "checkpoint"
-    write(folder, judge, in_layout(judge, "hub checkpoints"))
-    harm, sentence = BROKEN[name]
-    harm(folder)
-    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
-        LlavaForConditionalGeneration.from_pretrained(folder)
+# The hub
 
 
 def test_a_hub_name_without_huggingface_hub_says_what_to_install(monkeypatch):

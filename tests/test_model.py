@@ -101,21 +101,6 @@ def test_the_example_of_transformers_documentation_runs(ours, theirs, processor,
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize(
-    ("images", "texts", "options", "sentence"),
-    [
-        (1, "no mark", {}, "the text has 0 <image> marks for 1 images"),
-        (0, "<image>", {}, "the text has 1 <image> marks for 0 images"),
-        (0, ["a", "a b c"], {}, "pass padding=True"),
-        (0, "a", {"return_tensors": "np"}, "only 'pt' is supported"),
-    ],
-)
-def test_inputs_that_cannot_be_made_are_refused_with_the_reason(images, texts, options, sentence, processor):
-    images = [random_image(np.random.default_rng(0))] * images
-    with pytest.raises(ValueError, match=sentence):
-        processor(images=images, text=texts, **options)
-
-
 def test_loss_gradients_reach_every_parameter_that_the_answer_depends_on(make_pair, prompt, check):
     ours, theirs = make_pair()
     inputs = prompt()

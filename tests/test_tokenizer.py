@@ -188,20 +188,3 @@ def test_the_folder_says_which_tokens_were_added(tmp_path, tokenizer_file):
     assert (tokenizer.image_token_id, tokenizer.pad_token_id) == (420, 422)
     assert tokenizer.encode("<image><box>") == [420, 422]
     assert tokenizer.decode([420, 422, 421], skip_special_tokens=True) == "<box>"
-
-
-@pytest.mark.parametrize(
-    ("files", "sentence"),
-    [
-        ({}, "has no tokenizer.model"),
-        ({"tokenizer.model": b"version https://git-lfs"}, "is not a SentencePiece model"),
-        ({"tokenizer.model": None}, "has no token <image>"),
-        ({"tokenizer.model": None, "added_tokens.json": b"{"}, "added_tokens.json is not valid JSON"),
-    ],
-    ids=["missing", "no model", "no image token", "broken JSON"],
-)
-def test_a_folder_that_is_no_tokenizer_is_refused_with_the_reason(files, sentence, tmp_path, tokenizer_file):
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(tokenizer_file.read_bytes() if content is None else content)
-    with pytest.raises((FileNotFoundError, ValueError), match=sentence):
-        LlamaTokenizer.from_pretrained(tmp_path)

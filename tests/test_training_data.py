@@ -2,7 +2,6 @@
 
 import json
 import random
-import re
 
 import numpy as np
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny_training import CAPTIONS, COLOURS, MIXED, P, draw_pictures, entry, make_tiny_checkpoint
+from tiny_training import CAPTIONS, COLOURS, P, draw_pictures, entry, make_tiny_checkpoint
 
 from data import Row, Sample, ahead, collate, encode_entry, micro_batches, plan_epoch, read_data
 from llava import LlavaProcessor
@@ -116,38 +115,6 @@ def test_an_image_that_does_not_fit_is_refused_not_cut(encode, processor):
         encode(conversation, max_length=mark + P)
 
 
-# Broken entries
-
-BROKEN = {
-    "missing": entry("nowhere.png", "<image>\nWhich color?", "red"),
-    "damaged": entry("damaged.png", "<image>\nWhich color?", "red"),
-    "take turns": {"conversations": [{"from": "gpt", "value": "red"}, {"from": "human", "value": "Which color?"}]},
-    "gpt last": entry(None, "How many?"),
-    "marks in its questions is 0, of images 1": entry("red.png", "Which color?", "red"),
-    "marks in its questions is 1, of images 0": entry(None, "<image>\nWhich color?", "red"),
-    "marks in its questions is 2, of images 1": entry("red.png", "<image> <image>", "red"),
-    "no list of conversations": {"image": "red.png"},
-    "not a text": {"conversations": [{"from": "human", "value": 3}, {"from": "gpt", "value": "red"}]},
-}
-
-
-@pytest.mark.parametrize("problem", BROKEN)
-def test_a_broken_entry_is_refused_by_its_place(tmp_path, processor, pictures, problem):
-    (pictures / "damaged.png").write_bytes(b"\x89PNG")
-    file = tmp_path / "data.json"
-    file.write_text(json.dumps([MIXED[0], BROKEN[problem]]))
-    with pytest.raises(ValueError, match=f"(?s)1 of 2 entries.*--skip-broken.*entry 1: .*{re.escape(problem)}"):
-        read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=False)
-
-
-def test_broken_entries_are_left_out_and_counted_on_request(tmp_path, processor, pictures):
-    file = tmp_path / "data.json"
-    file.write_text(json.dumps([*BROKEN.values(), *MIXED]))
-    samples, left_out = read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=True)
-    assert len(samples) == len(MIXED)
-    assert left_out.startswith(f"{len(BROKEN)} of {len(BROKEN) + len(MIXED)} entries in {file} are broken")
-
-
 def test_a_first_turn_that_is_not_the_humans_is_left_out(encode):
     begun_by_gpt = entry(None, "How many?", "one")
     begun_by_gpt["conversations"].insert(0, {"from": "gpt", "value": "Hello!"})
@@ -156,7 +123,7 @@ def test_a_first_turn_that_is_not_the_humans_is_left_out(encode):
 
 def test_when_every_entry_is_broken_it_says_why(tmp_path, processor, pictures):
     file = tmp_path / "data.json"
-    file.write_text(json.dumps([BROKEN["missing"]]))
+    file.write_text(json.dumps([entry("nowhere.png", "<image>\nWhich color?", "red")]))
     with pytest.raises(ValueError, match=r"(?s)1 of 1 entries.*entry 0.*nowhere.png"):
         read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=True)
 
