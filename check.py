@@ -67,7 +67,7 @@ def fits(value: object, kind: object) -> bool:
     if origin is dict:
         return isinstance(value, dict) and all(fits(item, args[1]) for item in value.values())
     if kind is float:
-        return type(value) in (int, float) and abs(value) < 1e30  # which NaN and infinity are not
+        return type(value) in (int, float) and abs(value) < 1e18  # which NaN and infinity are not
     return type(value) is kind
 
 

@@ -178,6 +178,10 @@ BROKEN = {
         config(text_config={"rope_parameters": None, "rope_scaling": {"type": "dynamic", "factor": 2}}),
         "RoPE of type 'dynamic' is not supported, only default, linear, llama3",
     ),
+    "RoPE of a number beyond all": (
+        config(text_config={"rope_parameters": {"rope_theta": 10**30}}),
+        "rope_theta of RoPE is 1000",
+    ),
     "RoPE of no numbers": (
         config(text_config={"rope_parameters": {"rope_type": "linear", "factor": "2"}}),
         "the factor of RoPE is '2'",
