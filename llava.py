@@ -394,14 +394,15 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Args:
             name: the folder, or a name such as "llava-hf/llava-1.5-7b-hf".
-            dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, which
-                computes 16 bits slowly, and elsewhere the dtype of the checkpoint.
+            dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, since
+                few of them compute 16 bits fast, and elsewhere the dtype of the checkpoint.
             device: where the model is to run.
             quantize: "int8" stores linear layers in a byte per weight (quantize.py), made while the file is read.
 
-        Raises:
-            FileNotFoundError, ValueError: a file is missing or wrong; the message says which and what to do.
+        Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
+        if quantize not in (None, "int8"):
+            raise ValueError(f"quantize is {quantize!r}; it can be 'int8' or None")
         folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
         try:
@@ -412,7 +413,7 @@ class LlavaForConditionalGeneration(nn.Module):
             F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
             with torch.device("meta"):  # a model with shapes but no memory
                 model = cls(config)
-                if quantize == "int8":
+                if quantize:
                     quantize_linears(model)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
@@ -642,7 +643,7 @@ class LlavaProcessor:
         image_processor: LlavaImageProcessor,
         tokenizer: LlamaTokenizer,
         image_seq_length: int,
-        folder: Path | None = None,
+        folder: Path,
     ) -> None:
         self.image_processor = image_processor
         self.tokenizer = tokenizer

@@ -116,6 +116,11 @@ def test_tied_embeddings_stay_tied(tmp_path, prompt):
     assert ours(**prompt()).logits.isfinite().all()
 
 
+def test_an_unknown_kind_of_quantisation_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="quantize is 'int4'; it can be 'int8' or None"):
+        LlavaForConditionalGeneration.from_pretrained(checkpoint, quantize="int4")
+
+
 MEASURE = """
 import pathlib, re, sys
 sys.path.insert(0, {root!r})
