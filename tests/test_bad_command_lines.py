@@ -135,7 +135,7 @@ def test_bytes_that_are_no_text_can_be_typed_in_a_chat(start):
     assert b"Traceback" not in stderr
 
 
-@pytest.mark.parametrize("delay", [0.1, 0.7, 1.5, 2.5, 4.0])
+@pytest.mark.parametrize("delay", [1.5, 2.5, 4.0])
 def test_ctrl_c_at_any_moment_ends_it_without_a_traceback(delay, start):
     process = start("llava.py", "--max-new-tokens", "100000", "Hello")
     time.sleep(delay)
@@ -144,7 +144,7 @@ def test_ctrl_c_at_any_moment_ends_it_without_a_traceback(delay, start):
     assert b"Traceback" not in stderr
     if process.returncode == 1:
         assert b"llava.py: interrupted" in stderr
-    else:  # before Python reached the first line of the script, or after the answer
+    else:  # before Python itself was there, or after the answer
         assert process.returncode in (0, -signal.SIGINT, 130)
 
 
