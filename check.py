@@ -7,6 +7,7 @@ is needed to understand LLaVA: read this file last.
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import reprlib
@@ -30,6 +31,23 @@ LARGEST = 10**7  # what a config file may give for a size: beyond that, even the
 MOST_LAYERS = 1000
 
 # Configuration files
+
+
+def read_json(path: Path, missing: dict | None = None) -> dict:
+    """The object in a JSON file. Without the file: `missing`, or a FileNotFoundError. Otherwise a ValueError."""
+    if not path.is_file():
+        if missing is None:
+            raise FileNotFoundError(f"{path.parent} has no {path.name}")
+        return missing
+    if path.stat().st_size > 10**8:
+        raise ValueError(f"{path} is over 100 MB, which no file of its kind needs")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}; is the download complete?") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
+    return value
 
 
 def known_fields(cls: type, config: dict, where: str, largest: int = LARGEST) -> dict:

@@ -44,9 +44,10 @@ from check import (
     check_sampling,
     command_line,
     known_fields,
+    read_json,
     why_not_finite,
 )
-from load import copy_processor_files, find_folder, load_weights, read_config, read_json, save_weights
+from load import copy_processor_files, find_folder, load_weights, read_config, save_weights
 from quantize import quantize_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from check import fits
+from check import fits, read_json
 
 # What transformers takes for a field that config.json leaves out, where it depends on more than the field itself.
 # A vision_config that is there but sparse gets the defaults of CLIPVisionConfig (ViT-B/32) instead of these.
@@ -88,23 +88,6 @@ def find_folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     except Exception as error:  # network, authorisation, no such repository, disk full: the library has dozens of kinds
         raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub: {error}") from error
-
-
-def read_json(path: Path, missing: dict | None = None) -> dict:
-    """The object in a JSON file. Without the file: `missing`, or a FileNotFoundError. Otherwise a ValueError."""
-    if not path.is_file():
-        if missing is None:
-            raise FileNotFoundError(f"{path.parent} has no {path.name}")
-        return missing
-    if path.stat().st_size > 10**8:
-        raise ValueError(f"{path} is over 100 MB, which no file of its kind needs")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}; is the download complete?") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
-    return value
 
 
 # config.json

@@ -11,12 +11,13 @@ Sources: SentencePiece (arXiv 1808.06226) for the pieces, the "legacy" LlamaToke
 special tokens and the decoding of bytes, conversation mode `vicuna_v1` of LLaVA for the chat prompt.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
+
+from check import read_json
 
 IMAGE_TOKEN = "<image>"
 SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside a piece
@@ -92,8 +93,8 @@ class LlamaTokenizer:
             raise FileNotFoundError(
                 f"{folder} has no tokenizer.model: copy it from the original checkpoint (transformers 5 drops it)"
             )
-        config = _read_json(folder / "tokenizer_config.json")
-        added_tokens = _read_json(folder / "added_tokens.json")
+        config = read_json(folder / "tokenizer_config.json", missing={})
+        added_tokens = read_json(folder / "added_tokens.json", missing={})
         special = set(added_tokens)
         try:
             for token_id, token in (config.get("added_tokens_decoder") or {}).items():
@@ -224,16 +225,3 @@ class LlamaTokenizer:
     def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
         """Decodes each row of a batch."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]
-
-
-def _read_json(path: Path) -> dict:
-    """The object in a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__} where an object was expected")
-    return value

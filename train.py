@@ -41,10 +41,10 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from check import command_line
+from check import command_line, read_json
 from data import ahead, collate, micro_batches, plan_epoch, read_data
 from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, peak_memory, pick_device
-from load import read_json, write_json, write_whole
+from load import write_json, write_whole
 from tokenizer import VICUNA_SYSTEM
 
 TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}

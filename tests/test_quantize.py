@@ -141,5 +141,5 @@ def test_loading_takes_the_small_weights_and_one_tensor_more(tmp_path, request):
     peak, size, largest = map(int, re.findall(r"\d+", output))
     print(f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights, largest tensor {largest / 1e6:.1f} M weights")
     assert (
-        peak < size + 2 * largest + 40e6
+        peak < size + 2 * largest + 64e6
     )  # the tensor as it is stored, a few rows in float32, and what libraries take
