@@ -121,10 +121,22 @@ def test_an_unknown_kind_of_quantisation_is_refused(checkpoint):
         LlavaForConditionalGeneration.from_pretrained(checkpoint, quantize="int4")
 
 
+def test_nan_in_the_weights_is_noticed_and_named(tmp_path, prompt):
+    judge = make_judge()
+    judge.model.language_model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    judge.save_pretrained(tmp_path)
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize="int8")
+    with pytest.raises(ValueError, match=r"NaN or infinity, in language_model.model.layers.1.mlp.up_proj.scale"):
+        ours.generate(**prompt(), max_new_tokens=1)
+
+
 MEASURE = """
 import pathlib, re, sys
+import torch
 sys.path.insert(0, {root!r})
 from llava import LlavaForConditionalGeneration
+from quantize import Int8Linear
+Int8Linear(512, 512).load_weight(torch.randn(512, 512))  # what libraries take for their first call of all
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 model = LlavaForConditionalGeneration.from_pretrained({folder!r}, quantize="int8")
@@ -141,5 +153,5 @@ def test_loading_takes_the_small_weights_and_one_tensor_more(tmp_path, request):
     peak, size, largest = map(int, re.findall(r"\d+", output))
     print(f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights, largest tensor {largest / 1e6:.1f} M weights")
     assert (
-        peak < size + 2 * largest + 64e6
+        peak < size + 2 * largest + 40e6
     )  # the tensor as it is stored, a few rows in float32, and what libraries take
