@@ -5,9 +5,11 @@
     q.jsonl        {"question_id": 1, "image": "a.jpg", "text": "What is this?", "answers": ["cat", ...]} a line
     answers.jsonl  {"question_id": 1, "prompt": "What is this?", "text": "A cat", "model_id": "..."} a line
 
-A question without "image" is text only. Scoring needs "answer", or "answers" for a list of them; with "category" there
-is a line of the table for each. Answers are written as they come, and the same command line goes on with those that are
-missing. Once all are there, no --model is needed to score them. Decoding is greedy.
+A question without "image" is text only. "history" may hold earlier turns, [["Is there a cat?", "Yes."], ...]; the image
+then belongs to the first of them, and what --short adds to the question is not added there. Scoring needs "answer", or
+"answers" for a list of them; with "category" there is a line of the table for each. Answers are written as they come,
+and the same command line goes on with those that are missing. Once all are there, no --model is needed to score them.
+Decoding is greedy.
 
 Sources: LLaVA-1.5 (arXiv 2310.03744), section 4, and the scripts for evaluation that it released; VQA v2's official
 evaluation (arXiv 1612.00837) for the accuracy over ten answers; POPE (arXiv 2305.10355).
@@ -184,6 +186,9 @@ def read_questions(file: Path, suffix: str, metric: str) -> list[dict]:
     seen = set()
     for question in questions:
         question["prompt"] = question["text"] + suffix
+        history = question.setdefault("history", [])
+        if not isinstance(history, list) or not all(is_turn(turn) for turn in history):
+            raise ValueError(f"{file}: question {question['question_id']} has a history that is no list of turns")
         answers = question.get("answers", question.get("answer"))
         answers = answers if isinstance(answers, list) else [answers]
         answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]  # VQA's own form
@@ -200,6 +205,11 @@ def read_questions(file: Path, suffix: str, metric: str) -> list[dict]:
     if not questions:
         raise ValueError(f"{file} has no questions")
     return questions
+
+
+def is_turn(turn: object) -> bool:
+    """Whether it is an earlier question with its answer."""
+    return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def key(entry: dict) -> tuple[str, str]:
@@ -252,10 +262,12 @@ def answer_questions(
     prompts, pictures = [], []
     for question in questions:
         prompt = question["prompt"]
+        turns = [*map(tuple, question["history"]), (prompt, None)]
         if question.get("image"):
             pictures.append(load_image(str(images / question["image"])))
-            prompt = prompt if IMAGE_TOKEN in prompt else f"{IMAGE_TOKEN}\n{prompt}"
-        prompts.append(processor.tokenizer.encode_chat([(prompt, None)], system)[0])
+            first = turns[0][0]
+            turns[0] = (first if IMAGE_TOKEN in first else f"{IMAGE_TOKEN}\n{first}", turns[0][1])
+        prompts.append(processor.tokenizer.encode_chat(turns, system)[0])
     inputs = processor.prepare(prompts, pictures, padding=True).to(model.device)
     ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
     new = ids[:, inputs.input_ids.shape[1] :]

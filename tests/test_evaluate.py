@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 from tiny_training import COLOURS, Workbench
 
 import evaluate
@@ -218,6 +219,30 @@ def test_an_answer_is_what_the_model_says_alone(bench, command, questions):
     inputs = processor(None, f"USER: {questions[-1]['text']} ASSISTANT:")
     new = model.generate(**inputs, max_new_tokens=8)[0, inputs.input_ids.shape[1] :]
     assert lines[-1]["text"] == processor.decode(new, skip_special_tokens=True).strip()
+
+
+def test_earlier_turns_stand_before_the_question_and_the_picture_before_them(bench, tmp_path, monkeypatch):
+    history = [["Which color?", "red"], ["And what shape?", "A disc."]]
+    file = tmp_path / "q.jsonl"
+    file.write_text(
+        json.dumps({"question_id": 1, "image": "red.png", "text": "Why?", "answer": "", "history": history})
+    )
+    processor = LlavaProcessor.from_pretrained(bench.folder / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
+    seen = []
+    monkeypatch.setattr(model, "generate", lambda input_ids, **rest: seen.append(input_ids) or input_ids)
+    evaluate.answer_questions(model, processor, evaluate.read_questions(file, "", "exact"), bench.folder / "pictures")
+    told = "USER: <image>\nWhich color? ASSISTANT: red</s>USER: And what shape? ASSISTANT: A disc.</s>"
+    told += "USER: Why? ASSISTANT:"
+    assert torch.equal(seen[0], processor(Image.new("RGB", (9, 9)), told).input_ids)
+
+
+@pytest.mark.parametrize("history", ["earlier", [["Which?"]], [["Which?", 1]], [{"from": "human"}]])
+def test_a_history_that_is_no_list_of_turns_is_refused(history, tmp_path):
+    file = tmp_path / "q.jsonl"
+    file.write_text(json.dumps({"question_id": 1, "text": "Why?", "answer": "", "history": history}))
+    with pytest.raises(ValueError, match="no list of turns"):
+        evaluate.read_questions(file, "", "exact")
 
 
 def test_only_what_is_missing_is_asked_again(command, tmp_path, monkeypatch):

@@ -1,0 +1,127 @@
+"""Writes the small world as files: pictures and conversations for train.py, pictures and questions for evaluate.py.
+
+    python tiny/make_data.py train --output FOLDER --scenes 60000
+    python tiny/make_data.py test  --output FOLDER --scenes 2000
+
+FOLDER/pictures/000000.png ...   96 x 96 pixels
+FOLDER/captions.json             LLaVA's format, a caption for each picture (stage align)
+FOLDER/conversations.json        LLaVA's format, several conversations about each picture (stage instruct)
+FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
+FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
+FOLDER/unseen*.jsonl             questions about things whose combination of colour and shape no training has shown
+
+Scenes of "train" and "test", and of every seed, are drawn independently.
+"""
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import world
+
+from tokenizer import SHORT_ANSWER
+
+TURNS = 6  # of a conversation, about
+
+
+def picture_name(index: int) -> str:
+    """Where a picture lies in the folder."""
+    return f"pictures/{index:06}.png"
+
+
+def entry(index: int, turns: list[tuple[str, str]]) -> dict:
+    """A conversation about a picture, as LLaVA's data files have it."""
+    said = [{"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)]
+    said[0]["value"] = f"<image>\n{said[0]['value']}"
+    return {"id": f"{index:06}", "image": picture_name(index), "conversations": said}
+
+
+def conversation(turns: list[world.Turn], rng: random.Random) -> list[tuple[str, str]]:
+    """Questions and answers, all short or all in sentences.
+
+    As in LLaVA-1.5's own mixture, the wish for short answers stands in the first question and holds from there on;
+    here now and then in a later one, too.
+    """
+    short, said = rng.random() < 0.5, []
+    for turn in turns:
+        wish = SHORT_ANSWER if short and (not said or rng.random() < 0.1) else ""
+        said.append((turn.question + wish, turn.short if short else turn.sentence))
+    return said
+
+
+def make_training(folder: Path, scenes: int, conversations: int, seed: int) -> None:
+    """Writes pictures, captions and conversations."""
+    captions, talks = [], []
+    for i in range(scenes):
+        rng = random.Random(f"train/{seed}/{i}")
+        scene = world.make_scene(rng)
+        world.draw(scene, rng).save(folder / picture_name(i))
+        captions.append(entry(i, [("", world.caption(scene))]))
+        talks += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(conversations)]
+    (folder / "captions.json").write_text(json.dumps(captions))
+    (folder / "conversations.json").write_text(json.dumps(talks))
+
+
+def make_test(folder: Path, scenes: int, seed: int) -> None:
+    """Writes pictures and a question about each of them for every family.
+
+    Each family has its own pictures' order, but all share the pictures; those with unseen combinations come behind.
+    """
+    lines: dict[str, list[str]] = {}
+
+    def note(name: str, index: int, turn: world.Turn, before: world.Turn | None = None, **more: object) -> None:
+        for form, suffix in [("short", ""), ("sentence", "-sentence")]:
+            line = {
+                "question_id": index,
+                "image": picture_name(index),
+                "text": turn.question,
+                "answer": getattr(turn, form),
+            }
+            if before:
+                line["history"] = [[before.question + (SHORT_ANSWER if form == "short" else ""), getattr(before, form)]]
+            lines.setdefault(name + suffix, []).append(json.dumps(line | more))
+
+    for i in range(2 * scenes):
+        rng = random.Random(f"test/{seed}/{i}")
+        unseen = i >= scenes
+        scene = world.make_scene(rng, must=[rng.choice(world.HELD_OUT)] if unseen else [])
+        world.draw(scene, rng).save(folder / picture_name(i))
+        if unseen:
+            thing = next(thing for thing in scene if (thing.colour, thing.shape) in world.HELD_OUT)
+            family = rng.choice([*world.ATTRIBUTES, "existence"])
+            turn = (
+                world.ask_existence(scene, rng, world.HELD_OUT)
+                if family == "existence"
+                else (world.ask_attribute(family, scene, thing, rng))
+            )
+            note("unseen", i, turn, category=family)
+            continue
+        for family in world.FAMILIES:
+            if turns := world.ask(family, scene, rng):
+                note(family, i, *turns[::-1])
+    for name, rows in lines.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="make_data.py", description="Writes the small world as files.")
+    add = parser.add_argument
+    add("what", choices=["train", "test"])
+    add("--output", required=True, type=Path)
+    add("--scenes", type=int, required=True)
+    add("--conversations", type=int, default=3, help="about each picture, for train (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args()
+    (args.output / "pictures").mkdir(parents=True, exist_ok=True)
+    if args.what == "train":
+        make_training(args.output, args.scenes, args.conversations, args.seed)
+    else:
+        make_test(args.output, args.scenes, args.seed)
+
+
+if __name__ == "__main__":
+    main()
