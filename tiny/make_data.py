@@ -99,7 +99,7 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
             )
             note("unseen", i, turn, category=family)
             continue
-        for family in world.FAMILIES:
+        for family in [family for family in world.FAMILIES if family != "facts"]:  # those have many right answers
             if turns := world.ask(family, scene, rng):
                 note(family, i, *turns[::-1])
     for name, rows in lines.items():

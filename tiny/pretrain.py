@@ -39,7 +39,7 @@ from tokenizer import SHORT_ANSWER, LlamaTokenizer
 from vision import CLIPVisionConfig, LlavaImageProcessor
 
 VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
-LAYERS = 6  # of the decoder
+LAYERS = 5  # of the decoder
 KEPT = {"tower": "writer.vision_tower.", "decoder": "language_model."}  # of what is trained
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
 
@@ -246,8 +246,8 @@ def reading(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> l
     rng, rows, early = random.Random(f"decoder/{args.seed}/{step}"), [], step < args.steps // 2
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else world.make_scene(rng)
-        families = [*world.ATTRIBUTES, "details", "details"] if early else None
-        turns = world.converse(scene, rng, 5, families)
+        families = [*world.ATTRIBUTES, "details"] if early else None
+        turns = world.ask("facts", scene, rng) + world.converse(scene, rng, 3 if early else 4, families)
         turns = conversation(turns, rng)
         turns[0] = (f"{world.notes(scene, rng)}\n{turns[0][0]}", turns[0][1])
         rows.append(tokenizer.encode_chat(turns, ""))

@@ -251,6 +251,23 @@ def ask_details(scene: Scene, rng: random.Random) -> Turn:
     return Turn("details", f"Tell me about the {name}.", thing.name, f"The {name} {said}.")
 
 
+def ask_facts(scene: Scene, rng: random.Random) -> Turn:
+    """Pairs of words such as "circle red": the first means one thing alone, the second says something else of it.
+
+    Nobody would ask this. But here what is to be found stands right beside what it is found by, so this is where looking
+    things up by what they are is learned first; without it, the other questions wait very long for that.
+    """
+    facts = []
+    for _ in range(6):
+        thing = rng.choice(scene)
+        first, second = rng.sample(list(ATTRIBUTES), 2)
+        name = attribute(first, thing)[0]
+        if sum(attribute(first, other)[0] == name for other in scene) == 1:
+            facts.append(f"{name} {attribute(second, thing)[0]}")
+    facts = facts or [f"{CELLS[scene[0].cell]} {scene[0].shape}"]
+    return Turn("facts", "List some facts.", ", ".join(facts), ", ".join(facts))
+
+
 def ask_followup(scene: Scene, rng: random.Random) -> tuple[Turn, Turn]:
     """Two turns; the second one says "it" of what the first one was about, and cannot be understood without."""
     name = None
@@ -369,7 +386,7 @@ def ask_presupposition(scene: Scene, rng: random.Random) -> Turn:
     return Turn("presupposition", rng.choice(ATTRIBUTES[family][0]).format(name), "none", f"There is no {name}.")
 
 
-FAMILIES = [*ATTRIBUTES, "count", "existence", "relation", "caption", "presupposition", "details", "follow-up"]
+FAMILIES = [*ATTRIBUTES, "count", "existence", "relation", "caption", "presupposition", "details", "facts", "follow-up"]
 
 
 def ask(family: str, scene: Scene, rng: random.Random) -> list[Turn]:
@@ -379,7 +396,7 @@ def ask(family: str, scene: Scene, rng: random.Random) -> list[Turn]:
     if family in ATTRIBUTES:
         return [ask_attribute(family, scene, rng.choice(scene), rng)]
     asks = {"count": ask_count, "existence": ask_existence, "relation": ask_relation, "caption": ask_caption}
-    asks |= {"presupposition": ask_presupposition, "details": ask_details}
+    asks |= {"presupposition": ask_presupposition, "details": ask_details, "facts": ask_facts}
     turn = asks[family](scene, rng)
     return [turn] if turn else []
 
@@ -387,7 +404,7 @@ def ask(family: str, scene: Scene, rng: random.Random) -> list[Turn]:
 def converse(scene: Scene, rng: random.Random, number: int, families: Sequence[str] | None = None) -> list[Turn]:
     """A conversation of about so many turns; relations, which are the hardest, come more often, and captions rarely."""
     families = families or FAMILIES
-    weights = [{"relation": 3, "existence": 1.5, "caption": 0.5}.get(family, 1) for family in families]
+    weights = [{"relation": 3, "existence": 1.5, "caption": 0.5, "facts": 2}.get(family, 1) for family in families]
     turns: list[Turn] = []
     while len(turns) < number:
         asked = [turn.question for turn in turns]
