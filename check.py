@@ -182,6 +182,48 @@ def why_not_finite(model: nn.Module, dtype: torch.dtype) -> str:
     return f"the logits are NaN or infinite, though the weights are not: {dtype} is too narrow for them"
 
 
+# Memory
+
+
+def free_memory(device: torch.device, root: Path = Path("/")) -> int | None:
+    """Bytes that this process can still take on a device, or None where nobody says (MPS, macOS, Windows).
+
+    On Linux that is what the kernel calls available, or what is left of a limit that this process was put under: it is
+    in a control group, as all of a container is, and that group in others, each with a limit of its own. Pages of files
+    count as free, because the kernel drops them first. Sources: proc(5); the kernel's cgroup-v2 and cgroup-v1/memory.
+
+    Args:
+        device: where.
+        root: where /proc and /sys are; the tests have their own.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        meminfo = (root / "proc/meminfo").read_text()
+        groups = (root / "proc/self/cgroup").read_text()
+        free = [int(line.split()[1]) * 1024 for line in meminfo.splitlines() if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        return None
+    if device.type != "cpu" or not free:
+        return None
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            mount, limit, usage = root / "sys/fs/cgroup", "memory.max", "memory.current"
+        elif "memory" in controllers.split(","):
+            mount, limit, usage = root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        for folder in (mount / parent for parent in (group, *group.parents)):
+            with contextlib.suppress(OSError, ValueError):  # no such file, as in a container, or no limit: "max"
+                left = int((folder / limit).read_text()) - int((folder / usage).read_text())
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                total = "total_" * ("total_inactive_file" in stat)  # version 1 has these for the groups within, too
+                free.append(left + int(stat[f"{total}inactive_file"]) + int(stat[f"{total}active_file"]))
+    return max(0, min(free))
+
+
 # Terminals
 
 

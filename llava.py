@@ -43,14 +43,25 @@ from check import (
     check_processor,
     check_sampling,
     command_line,
+    free_memory,
     known_fields,
     read_json,
     why_not_finite,
 )
-from load import copy_processor_files, find_folder, load_weights, read_config, save_weights
+from load import (
+    copy_processor_files,
+    find_folder,
+    load_weights,
+    read_config,
+    save_weights,
+    stored_tensors,
+    weight_bytes,
+)
 from quantize import quantize_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
+
+WORKING_MEMORY = 5 * 10**8  # bytes that computing a prompt with an image takes beside weights and cache, about
 
 
 @dataclass
@@ -402,9 +413,22 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
+        folder = find_folder(name)
+        model, dtype = cls.planned(folder, dtype, device, quantize)
+        load_weights(model, folder, dtype, torch.device(device))
+        model.tie_weights()
+        return model.eval()
+
+    @classmethod
+    def planned(
+        cls, folder: Path, dtype: torch.dtype | str, device: torch.device | str, quantize: str | None
+    ) -> tuple[Self, torch.dtype]:
+        """A folder's model with shapes but no memory (on the meta device), and the dtype that it would be loaded in.
+
+        Arguments and errors are those of `from_pretrained`.
+        """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; it can be 'int8' or None")
-        folder = find_folder(name)
         config = LlavaConfig.from_dict(read_config(folder))
         try:
             device = torch.device(device)
@@ -412,15 +436,13 @@ class LlavaForConditionalGeneration(nn.Module):
                 dtype = "float32" if device.type == "cpu" else config.dtype or "float32"
             dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
             F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
-            with torch.device("meta"):  # a model with shapes but no memory
+            with torch.device("meta"):
                 model = cls(config)
                 if quantize:
                     quantize_linears(model)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
-        load_weights(model, folder, dtype, device)
-        model.tie_weights()
-        return model.eval()
+        return model, dtype
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, generation_config.json and the weights so that transformers, and this file, load them."""
@@ -782,6 +804,45 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def check_memory(folder: Path, dtype: str, device: torch.device, quantize: str | None, tokens: int) -> None:
+    """Raises a ValueError if the model and a cache for so many tokens need more memory than is free.
+
+    It names the options that would fit. Nothing but headers is read for it. From Python, a model loads whatever its
+    size: this belongs to the command line, where the next thing would be that the system ends the process.
+    """
+
+    def needed(dtype: str, quantize: str | None) -> list[int]:
+        """Bytes of the weights and of the cache."""
+        model, torch_dtype = LlavaForConditionalGeneration.planned(folder, dtype, device, quantize)
+        stored_tensors(model, folder)  # first of all, config.json and the weights should be of the same model
+        cache = KVCache(model, max_length=min(tokens, model.config.text_config.context_length))
+        return [weight_bytes(model, torch_dtype), 2 * cache.keys.numel() * torch_dtype.itemsize]
+
+    weights, cache = needed(dtype, quantize)
+    free = free_memory(device)
+    if free is None or weights + cache + WORKING_MEMORY <= free:
+        return
+    smaller = {"--quantize int8": (dtype, "int8"), "--dtype bfloat16": ("bfloat16", quantize)}
+    smaller["--dtype bfloat16 --quantize int8"] = ("bfloat16", "int8")
+    totals: dict[int, str] = {}  # of options that come to the same, the first
+    for options, kind in smaller.items():
+        totals.setdefault(sum(needed(*kind)) + WORKING_MEMORY, options)
+    fitting = [f"{options} ({total / 1e9:.1f} GB in all)" for total, options in totals.items() if total <= free]
+    if fitting:
+        advice = f"try {' or '.join(fitting)}"
+    elif (least := min(totals)) < weights + cache + WORKING_MEMORY:
+        advice = f"even {totals[least]} takes {least / 1e9:.1f} GB in all; "
+    else:
+        advice = "no option makes it smaller; "
+    if not fitting:
+        advice += "close other programs, or take a smaller model or a larger machine"
+        advice += " (or --device cpu)" * (device.type == "cuda")
+    raise ValueError(
+        f"{folder} needs {weights / 1e9:.1f} GB + {cache / 1e9:.1f} GB cache + {WORKING_MEMORY / 1e9:.1f} GB to work "
+        f"with, {free / 1e9:.1f} GB free: {advice}"
+    )
+
+
 def peak_memory(device: torch.device) -> str:
     """The most memory that this process has held so far, on the GPU if it used one."""
     if device.type == "cuda":
@@ -841,6 +902,8 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = processor.tokenizer
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
+    tokens = len(images) * processor.image_seq_length + len((args.question or "").encode()) + args.max_new_tokens
+    check_memory(processor.folder, args.dtype, device, args.quantize, tokens)
     model = LlavaForConditionalGeneration.from_pretrained(args.model, args.dtype, device, args.quantize)
     generator = torch.Generator(device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)

@@ -231,12 +231,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Loads the weights into a model that was built on the meta device, one tensor at a time.
-
-    A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
-    converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
-    back only when the mapping ends. So memory never holds the weights twice.
+def stored_tensors(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
+    """What `find_tensors` finds, if it is what the model needs.
 
     Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape or dtype.
     """
@@ -257,7 +253,27 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
     ]
     if problems:
         raise ValueError("\n  ".join([f"the weights in {folder} do not fit its config.json:", *sorted(problems)]))
+    return stored
 
+
+def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
+    """What the weights of a model on the meta device will take in memory once `load_weights` has loaded them."""
+    floats = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
+    small = [parameter for parameter in model.parameters() if not parameter.is_floating_point()]
+    return floats * dtype.itemsize + sum(tensor.nbytes for tensor in (*small, *model.buffers()))
+
+
+def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Loads the weights into a model that was built on the meta device, one tensor at a time.
+
+    A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
+    converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
+    back only when the mapping ends. So memory never holds the weights twice.
+
+    Raises a ValueError that names every tensor that is missing, unexpected or of the wrong shape or dtype.
+    """
+    stored = stored_tensors(model, folder)
+    wanted = dict(model.named_parameters())  # a tied parameter under its first name only
     total = sum(file.stat().st_size for file in {stored[name].file for name in wanted})
     quiet = True if total < BIG else None  # None: tqdm shows the bar on a terminal only
     with tqdm(total=total, desc="loading", unit="B", unit_scale=True, leave=False, disable=quiet) as progress:

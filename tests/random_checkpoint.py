@@ -7,14 +7,17 @@ The tests are made of such checkpoints, and whoever has no real one can try the 
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
 import sentencepiece
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from load import SHARD_BYTES, write_json
 from vision import CLIPVisionConfig
 
 SENTENCES = [
@@ -90,6 +93,86 @@ def make_checkpoint(folder: Path, vision: CLIPVisionConfig, text: LlamaConfig, s
     randomize(model, seed)
     model.language_model.lm_head.weight.data[:259] *= 0.1  # few bytes and control tokens, so that answers are letters
     model.save_pretrained(folder)
+
+
+def random_weights(name: str, shape: torch.Size) -> Tensor:
+    """A tensor that keeps activations at their size, and answers from ending: </s> (2) is never the likeliest."""
+    if len(shape) == 1:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    weights = torch.randn(shape).mul_(math.prod(shape[1:]) ** -0.5)
+    if name.endswith("lm_head.weight"):
+        weights[2] = 0
+    return weights
+
+
+def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -> None:
+    """Writes config.json and shards of at most 5 GB for a model on the meta device, in float16 as on the hub.
+
+    Memory holds one tensor at a time. There are no files of a tokenizer.
+    """
+    shards: list[dict[str, torch.Size]] = [{}]
+    filled = 0
+    for name, parameter in model.named_parameters():
+        size = 2 * parameter.numel()
+        if filled + size > SHARD_BYTES:
+            shards, filled = [*shards, {}], 0
+        shards[-1][name] = parameter.shape
+        filled += size
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        file, header, end = f"model-{number:05}-of-{len(shards):05}.safetensors", {"__metadata__": {"format": "pt"}}, 0
+        for name, size in shard.items():
+            start, end = end, end + 2 * size.numel()
+            header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+        with open(folder / file, "wb") as out:
+            out.write(len(text).to_bytes(8, "little") + text)
+            for name, size in shard.items():
+                random_weights(name, size).half().numpy().tofile(out)
+        weight_map |= dict.fromkeys(shard, file)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", model.config.to_dict() | {"dtype": "float16"})
+
+
+def write_gguf(file: Path, model: LlavaForConditionalGeneration) -> None:
+    """Writes a decoder of the shape of this model for llama.cpp: matrices in Q8_0, one at a time, and a vocabulary.
+
+    (llama.cpp's RoPE pairs other channels than ours. With random weights that is no more than another order.)
+    """
+    import gguf
+
+    config = model.config.text_config
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_tokenizer_model("llama")
+    special, one_byte = ["<unk>", "<s>", "</s>"], [f"<0x{i:02X}>" for i in range(256)]
+    words = [f"word{i}" for i in range(config.vocab_size - len(special + one_byte))]
+    kinds = [gguf.TokenType.UNKNOWN, *[gguf.TokenType.CONTROL] * 2, *[gguf.TokenType.BYTE] * 256]
+    writer.add_token_list(special + one_byte + words)
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * len(words))
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    tensors = dict(model.language_model.named_parameters())
+    types = {name: gguf.GGMLQuantizationType["F32" if p.ndim == 1 else "Q8_0"] for name, p in tensors.items()}
+    for name, parameter in tensors.items():
+        size = parameter.nbytes if parameter.ndim == 1 else parameter.numel() // 32 * 34
+        ours = names.get_name(name, try_suffixes=[".weight"])
+        writer.add_tensor_info(ours, parameter.shape, torch.float32, size, types[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, parameter in tensors.items():
+        writer.write_tensor_data(gguf.quants.quantize(random_weights(name, parameter.shape).numpy(), types[name]))
+    writer.close()
 
 
 # A million parameters. The vocabulary is larger than the tokenizer's 422, as that of the real checkpoints is.

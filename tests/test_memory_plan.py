@@ -1,0 +1,175 @@
+"""Before a model is loaded that does not fit into memory, the command line says so, and what would fit."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import check
+import llava
+from check import free_memory
+from llava import KVCache, LlavaForConditionalGeneration, check_memory
+from load import weight_bytes
+
+CPU = torch.device("cpu")
+GROUP = "user.slice/app.scope"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(dtype, quantize, checkpoint, monkeypatch):
+    planned, torch_dtype = LlavaForConditionalGeneration.planned(checkpoint, dtype, "cpu", quantize)
+    assert all(tensor.is_meta for tensor in [*planned.parameters(), *planned.buffers()])
+    loaded = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype, quantize=quantize)
+    size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
+    assert weight_bytes(planned, torch_dtype) == size
+
+    cache = KVCache(loaded, max_length=200)
+    monkeypatch.setattr(llava, "WORKING_MEMORY", 0)
+    total = size + cache.keys.nbytes + cache.values.nbytes
+    monkeypatch.setattr(llava, "free_memory", lambda device: total)
+    check_memory(checkpoint, dtype, CPU, quantize, 200)
+    monkeypatch.setattr(llava, "free_memory", lambda device: total - 1)
+    with pytest.raises(ValueError, match="needs"):
+        check_memory(checkpoint, dtype, CPU, quantize, 200)
+
+
+GB = 10**9
+SENTENCES = {  # free memory, dtype, quantisation -> what is said; the sizes are those of the 7B model, with 1000 tokens
+    "all that fit are offered": (
+        (20, "auto", None),
+        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --quantize int8 \(9\.4 GB in all"
+        r"\) or --dtype bfloat16 \(15\.2 GB in all\) or --dtype bfloat16 --quantize int8 \(8\.4 GB in all\)$",
+    ),
+    "only those that fit": (
+        (12, "float16", None),
+        r"needs 14\.1 GB \+ 0\.5 GB cache \+ 0\.5 GB to work with, 12\.0 GB free: "
+        r"try --quantize int8 \(8\.4 GB in all\)$",
+    ),
+    "never what is larger": (
+        (8.7, "auto", "int8"),
+        r"needs 7\.9 GB .*, 8\.7 GB free: try --dtype bfloat16 \(8\.4 GB in ",
+    ),
+    "nothing fits": (
+        (4, "auto", None),
+        r"even --dtype bfloat16 --quantize int8 takes 8\.4 GB in all; close other programs, or take a smaller model or",
+    ),
+    "nothing smaller": ((4, "bfloat16", "int8"), "no option makes it smaller; close other programs"),
+}
+
+
+@pytest.mark.parametrize("case", SENTENCES)
+def test_the_sentence_has_the_figures_and_offers_what_fits(case, monkeypatch):
+    (free, dtype, quantize), sentence = SENTENCES[case]
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"image_size": 336, "patch_size": 14}
+    text = {"vocab_size": 32064, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}
+    text["rope_parameters"]["rope_theta"] = 1e4
+    monkeypatch.setattr(llava, "read_config", lambda folder: {"vision_config": vision, "text_config": text})
+    monkeypatch.setattr(llava, "stored_tensors", lambda model, folder: None)
+    monkeypatch.setattr(llava, "free_memory", lambda device: int(free * GB))
+    with pytest.raises(ValueError) as error:
+        check_memory(Path("llava-7b"), dtype, CPU, quantize, 1000)
+    assert re.search(sentence, str(error.value)), str(error.value)
+    for total in re.findall(r"\(([\d.]+) GB in all\)", str(error.value)):
+        assert float(total) <= free
+
+
+def test_the_command_line_ends_before_it_loads(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(llava, "free_memory", lambda device: 10**8)
+    monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", None)
+    monkeypatch.setattr("sys.argv", ["llava.py", "--model", str(checkpoint), "Hello"])
+    with pytest.raises(SystemExit, match=r"needs 0\.0 GB .*, 0\.1 GB free: "):
+        llava.main()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_programmer_loads_anyway(checkpoint, monkeypatch):
+    monkeypatch.setattr(llava, "free_memory", lambda device: 0)
+    LlavaForConditionalGeneration.from_pretrained(checkpoint)
+
+
+def test_where_nobody_says_what_is_free_nothing_is_refused(checkpoint, tmp_path, monkeypatch):
+    assert free_memory(CPU, root=tmp_path) is None  # as on macOS and Windows: no /proc
+    monkeypatch.setattr(llava, "free_memory", lambda device: None)
+    check_memory(checkpoint, "auto", CPU, None, 10**9)
+
+
+def test_a_config_of_another_model_is_named_before_any_size(checkpoint, monkeypatch):
+    read_config = llava.read_config
+
+    def larger(folder):
+        config = read_config(folder)
+        return {**config, "text_config": {**config["text_config"], "hidden_size": 8192}}
+
+    monkeypatch.setattr(llava, "read_config", larger)
+    monkeypatch.setattr(llava, "free_memory", lambda device: 10**6)
+    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
+        check_memory(checkpoint, "auto", CPU, None, 100)
+
+
+# What is free
+
+
+def machine(root: Path, groups: str, files: dict[str, str | int]) -> Path:
+    """A folder with the files of a Linux system that has 8 GB available."""
+    everything = {"proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n", "proc/self/cgroup": groups}
+    for name, text in (everything | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(str(text))
+    return root
+
+
+STAT = "anon 3000000000\ninactive_file 400000000\nactive_file 100000000\n"
+V1 = {"memory.usage_in_bytes": 3 * GB, "memory.stat": STAT + "total_inactive_file 1000000000\ntotal_active_file 0\n"}
+
+
+def version_2(folder: str, limit: int | str, used: int = 3 * GB) -> dict[str, str | int]:
+    return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": STAT}
+
+
+MACHINES = {  # -> GB that are free
+    "no limit": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", "max"), 8.192),
+    "version 2": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", 4 * GB), 1.5),
+    "version 2, the limit is further up": (
+        f"0::/{GROUP}\n",
+        version_2(f"{GROUP}/", "max") | version_2("user.slice/", 5 * GB),
+        2.5,
+    ),
+    "version 2, in a container": ("0::/\n", version_2("", 6 * GB), 3.5),
+    "version 2, a larger limit than the machine": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", 100 * GB), 8.192),
+    "version 2, over the limit": ("0::/\n", version_2("", 2 * GB), 0),
+    "version 1": (
+        "5:cpu:/x\n4:rdma,memory:/docker/ab\n0::/\n",
+        {f"memory/docker/ab/{name}": text for name, text in (V1 | {"memory.limit_in_bytes": 5 * GB}).items()},
+        3,
+    ),
+    "version 1, in a container": (
+        "4:memory:/docker/ab\n",
+        {f"memory/{name}": text for name, text in (V1 | {"memory.limit_in_bytes": 4 * GB}).items()},
+        2,
+    ),
+    "version 1, no limit": (
+        "4:memory:/\n",
+        {f"memory/{name}": text for name, text in (V1 | {"memory.limit_in_bytes": 2**63 - 4096}).items()},
+        8.192,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_control_groups_limit_what_is_free(name, tmp_path):
+    groups, files, expected = MACHINES[name]
+    assert free_memory(CPU, root=machine(tmp_path, groups, files)) == round(expected * GB)
+
+
+def test_files_that_make_no_sense_do_no_harm(tmp_path):
+    files = {"memory.max": "much", "memory.current": "", "memory.stat": "none"}
+    assert free_memory(CPU, root=machine(tmp_path, "0::/\n", files)) == 8_192_000_000
+
+
+def test_the_memory_of_a_gpu_is_what_cuda_says(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 16 * GB))
+    assert check.free_memory(torch.device("cuda")) == 5 * GB
+    assert free_memory(torch.device("mps")) is None
