@@ -1,11 +1,12 @@
 """Writes the small world as files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 60000
-    python tiny/make_data.py test  --output FOLDER --scenes 2000
+    python tiny/make_data.py train --output FOLDER --scenes 64000
+    python tiny/make_data.py test  --output FOLDER --scenes 2400
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
-FOLDER/captions.json             LLaVA's format, a caption for each picture (stage align)
-FOLDER/conversations.json        LLaVA's format, several conversations about each picture (stage instruct)
+FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
+FOLDER/words.json, facts.json    facts about a third and a quarter of them (stage instruct, to learn to look things up)
+FOLDER/conversations.json        two conversations about each of them (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
 FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
 FOLDER/unseen*.jsonl             questions about things whose combination of colour and shape no training has shown
@@ -25,6 +26,7 @@ import world
 from tokenizer import SHORT_ANSWER
 
 TURNS = 6  # of a conversation, about
+PARTS = {"captions": 0.1, "words": 0.34, "facts": 0.25, "conversations": 1.0}  # of what there could be
 
 
 def picture_name(index: int) -> str:
@@ -52,37 +54,56 @@ def conversation(turns: list[world.Turn], rng: random.Random) -> list[tuple[str,
     return said
 
 
-def make_training(folder: Path, scenes: int, conversations: int, seed: int) -> None:
-    """Writes pictures, captions and conversations."""
-    captions, talks = [], []
+def make_training(folder: Path, scenes: int, seed: int) -> None:
+    """Writes pictures and what is said about them."""
+    said: dict[str, list[dict]] = {name: [] for name in PARTS}
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
         scene = world.make_scene(rng)
         world.draw(scene, rng).save(folder / picture_name(i))
-        captions.append(entry(i, [("", world.caption(scene))]))
-        talks += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(conversations)]
-    (folder / "captions.json").write_text(json.dumps(captions))
-    (folder / "conversations.json").write_text(json.dumps(talks))
+        said["captions"].append(entry(i, [("", world.caption(scene))]))
+        facts = world.ask_facts(scene, rng, 12)
+        said["words"].append(entry(i, [(facts.question, facts.short)]))
+        said["facts"].append(entry(i, conversation([world.ask_facts(scene, rng, 10)], rng)))
+        said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(2)]
+    for name, part in PARTS.items():
+        (folder / f"{name}.json").write_text(json.dumps(said[name][: int(part * len(said[name]))]))
+
+
+def guess(turn: world.Turn, scene: world.Scene, rng: random.Random) -> str:
+    """What somebody answers who picks one of the scene's things and says of it what was asked, or else yes or no."""
+    thing = rng.choice(scene)
+    if turn.short in ("yes", "no"):
+        return rng.choice(["yes", "no"])
+    if turn.family == "count":
+        return world.COUNTS[rng.randint(1, len(scene))]
+    if turn.family in ("relation", "details", "caption"):
+        return thing.name
+    values = {family: world.attribute(family, thing)[0] for family in world.ATTRIBUTES}
+    return rng.choice(list(values.values())) if turn.short == "none" else values[world.kind(turn.short)]
 
 
 def make_test(folder: Path, scenes: int, seed: int) -> None:
-    """Writes pictures and a question about each of them for every family.
+    """Writes pictures and a question about each of them for every family; then those with unseen combinations.
 
-    Each family has its own pictures' order, but all share the pictures; those with unseen combinations come behind.
+    Each line also has the answer of a guesser, who knows the family and sees the right scene, but not which of its
+    things is meant.
     """
     lines: dict[str, list[str]] = {}
 
-    def note(name: str, index: int, turn: world.Turn, before: world.Turn | None = None, **more: object) -> None:
+    def note(name: str, index: int, guess: str, turn: world.Turn, before: world.Turn | None = None) -> None:
         for form, suffix in [("short", ""), ("sentence", "-sentence")]:
             line = {
                 "question_id": index,
                 "image": picture_name(index),
                 "text": turn.question,
                 "answer": getattr(turn, form),
+                "category": turn.family,
+                "guess": guess if form == "short" else None,
             }
             if before:
                 line["history"] = [[before.question + (SHORT_ANSWER if form == "short" else ""), getattr(before, form)]]
-            lines.setdefault(name + suffix, []).append(json.dumps(line | more))
+            lines.setdefault(name + suffix, []).append(json.dumps(line))
 
     for i in range(2 * scenes):
         rng = random.Random(f"test/{seed}/{i}")
@@ -92,16 +113,15 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
         if unseen:
             thing = next(thing for thing in scene if (thing.colour, thing.shape) in world.HELD_OUT)
             family = rng.choice([*world.ATTRIBUTES, "existence"])
-            turn = (
-                world.ask_existence(scene, rng, world.HELD_OUT)
-                if family == "existence"
-                else (world.ask_attribute(family, scene, thing, rng))
-            )
-            note("unseen", i, turn, category=family)
+            if family == "existence":
+                turn = world.ask_existence(scene, rng, world.HELD_OUT)
+            else:
+                turn = world.ask_attribute(family, scene, thing, rng)
+            note("unseen", i, guess(turn, scene, rng), turn)
             continue
         for family in [family for family in world.FAMILIES if family != "facts"]:  # those have many right answers
             if turns := world.ask(family, scene, rng):
-                note(family, i, *turns[::-1])
+                note(family, i, guess(turns[-1], scene, rng), *turns[::-1])
     for name, rows in lines.items():
         (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
@@ -113,12 +133,11 @@ def main() -> None:
     add("what", choices=["train", "test"])
     add("--output", required=True, type=Path)
     add("--scenes", type=int, required=True)
-    add("--conversations", type=int, default=3, help="about each picture, for train (default: %(default)s)")
     add("--seed", type=int, default=0)
     args = parser.parse_args()
     (args.output / "pictures").mkdir(parents=True, exist_ok=True)
     if args.what == "train":
-        make_training(args.output, args.scenes, args.conversations, args.seed)
+        make_training(args.output, args.scenes, args.seed)
     else:
         make_test(args.output, args.scenes, args.seed)
 

@@ -1,8 +1,9 @@
 """What LLaVA takes for granted: a vision tower that has seen pictures, and a decoder that has read texts.
 
-    python tiny/pretrain.py tower   --output FOLDER     a CLIP vision tower, from pictures with captions
-    python tiny/pretrain.py decoder --output FOLDER     a Llama decoder, from scenes in words with conversations
-    python tiny/pretrain.py join    --output FOLDER     both, with a projector that has learned nothing, as a checkpoint
+    python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, from the world's texts
+    python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, from pictures with captions
+    python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, from scenes in words with conversations
+    python tiny/pretrain.py join      --output FOLDER   all, with a projector that has learned nothing, as a checkpoint
 
 Every step makes its pictures and texts afresh, so nothing is seen twice. Both trainings save their state every so
 often, and the same command line goes on from there with the numbers that it would have had.
@@ -287,7 +288,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="pretrain.py", description="Trains what LLaVA takes for granted.")
     add = parser.add_argument
-    add("what", choices=["tower", "decoder", "join"])
+    add("what", choices=["tokenizer", "tower", "decoder", "join"])
     add("--output", required=True, type=Path, help="folder for tokenizer, states and losses")
     add("--steps", type=int, default=6000)
     add("--batch", type=int, default=32)
@@ -295,7 +296,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     tokenizer = make_tokenizer(args.output)
-    {"tower": train_tower, "decoder": train_decoder, "join": join}[args.what](args, tokenizer)
+    if args.what != "tokenizer":
+        {"tower": train_tower, "decoder": train_decoder, "join": join}[args.what](args, tokenizer)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,13 @@ def attribute(family: str, thing: Thing) -> tuple[str, str]:
     return value, f"is {article(value) if family == 'shape' else value}"
 
 
+def kind(value: str) -> str:
+    """Which attribute a word is a value of."""
+    if value in CELLS:
+        return "position"
+    return "colour" if value in COLOURS else "shape" if value in SHAPES else "size"
+
+
 def ask_attribute(family: str, scene: Scene, thing: Thing, rng: random.Random) -> Turn:
     """What is this thing's colour, shape, size or position?"""
     name = refer(rng, scene, thing, family) or thing.name
@@ -251,21 +258,26 @@ def ask_details(scene: Scene, rng: random.Random) -> Turn:
     return Turn("details", f"Tell me about the {name}.", thing.name, f"The {name} {said}.")
 
 
-def ask_facts(scene: Scene, rng: random.Random) -> Turn:
-    """Pairs of words such as "circle red": the first means one thing alone, the second says something else of it.
+def ask_facts(scene: Scene, rng: random.Random, number: int = 4) -> Turn:
+    """Facts about single things: "circle red, top left cross", or "The circle is red. The object in the top left ...".
 
-    Nobody would ask this. But here what is to be found stands right beside what it is found by, so this is where looking
+    Hardly anybody would ask this. But what is to be found stands right beside what it is found by, so here looking
     things up by what they are is learned first; without it, the other questions wait very long for that.
     """
-    facts = []
-    for _ in range(6):
+    words, sentences = [], []
+    for _ in range(number):
         thing = rng.choice(scene)
-        first, second = rng.sample(list(ATTRIBUTES), 2)
-        name = attribute(first, thing)[0]
-        if sum(attribute(first, other)[0] == name for other in scene) == 1:
-            facts.append(f"{name} {attribute(second, thing)[0]}")
-    facts = facts or [f"{CELLS[scene[0].cell]} {scene[0].shape}"]
-    return Turn("facts", "List some facts.", ", ".join(facts), ", ".join(facts))
+        first, second = rng.sample(["colour", "shape", "position"], 2)
+        second = rng.choice([second, second, "size"])
+        known = {"cell" if first == "position" else first: thing.cell if first == "position" else getattr(thing, first)}
+        known = {name: None for name in ("colour", "shape", "size", "cell")} | known
+        if sum(fits(other, **known) for other in scene) == 1:
+            value, says = attribute(second, thing)
+            words.append(f"{attribute(first, thing)[0]} {value}")
+            sentences.append(f"The {phrase(**known)} {says}.")
+    if not words:
+        return ask_facts(scene, rng, number)
+    return Turn("facts", "List some facts.", ", ".join(words), " ".join(sentences))
 
 
 def ask_followup(scene: Scene, rng: random.Random) -> tuple[Turn, Turn]:
@@ -404,7 +416,7 @@ def ask(family: str, scene: Scene, rng: random.Random) -> list[Turn]:
 def converse(scene: Scene, rng: random.Random, number: int, families: Sequence[str] | None = None) -> list[Turn]:
     """A conversation of about so many turns; relations, which are the hardest, come more often, and captions rarely."""
     families = families or FAMILIES
-    weights = [{"relation": 3, "existence": 1.5, "caption": 0.5, "facts": 2}.get(family, 1) for family in families]
+    weights = [{"relation": 3, "existence": 1.5, "caption": 0.5, "facts": 0.5}.get(family, 1) for family in families]
     turns: list[Turn] = []
     while len(turns) < number:
         asked = [turn.question for turn in turns]

@@ -1,0 +1,76 @@
+"""Makes the built-in model from nothing: data, pretraining, the two stages of train.py, scores.
+
+    python tiny/build.py --folder BUILD            about two hours on two CPU cores
+    python tiny/build.py --folder BUILD --quick    about half an hour; it learns less
+
+All steps can be stopped at any point: the same command line goes on. What a finished step has written is not made again.
+The trained model is BUILD/model, its scores are BUILD/scores.md.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SEED = 0
+
+
+def run(threads: int, *commands: list[str | Path | int]) -> None:
+    """Runs commands beside one another, with so many threads each; the first failure ends all."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    start = time.perf_counter()
+    running = []
+    for command in commands:
+        line = [sys.executable, *map(str, command)]
+        print("build.py:", *line[1:], file=sys.stderr)
+        running.append(subprocess.Popen(line, env=environment))
+    failed = [process.wait() for process in running]
+    if any(failed):
+        sys.exit("build.py: a step has failed; when its cause is mended, the same command line goes on from there")
+    print(f"build.py: {(time.perf_counter() - start) / 60:.1f} minutes", file=sys.stderr)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="build.py", description="Makes the built-in model from nothing.")
+    parser.add_argument("--folder", required=True, type=Path, help="for all that is made, about 1 GB")
+    parser.add_argument("--quick", action="store_true", help="fewer scenes and steps")
+    args = parser.parse_args()
+    folder, data, test = args.folder, args.folder / "data", args.folder / "test"
+    scenes, tower, decoder, tests = (16_000, 1000, 1000, 400) if args.quick else (64_000, 3000, 3000, 2400)
+    tiny, train = ROOT / "tiny", ROOT / "train.py"
+
+    def finished(name: str) -> bool:
+        return (folder / name).exists()
+
+    if not finished("data/conversations.json"):  # written last
+        run(1, [tiny / "make_data.py", "train", "--output", data, "--scenes", scenes, "--seed", SEED])
+    run(1, [tiny / "pretrain.py", "tokenizer", "--output", folder])
+    run(
+        1,
+        [tiny / "pretrain.py", "tower", "--output", folder, "--steps", tower, "--seed", SEED],
+        [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", decoder, "--batch", 16, "--seed", SEED],
+    )
+    if not finished("base/config.json"):
+        run(1, [tiny / "pretrain.py", "join", "--output", folder])
+    stages = [  # stage, from, to, data, samples per step, highest learning rate
+        ("align", "base", "aligned", "captions", 32, 2e-3),
+        ("instruct", "aligned", "words", "words", 32, 2e-3),
+        ("instruct", "words", "facts", "facts", 32, 1e-3),
+        ("instruct", "facts", "model", "conversations", 16, 1.5e-3),
+    ]
+    for stage, source, target, name, batch, rate in stages:
+        if not finished(f"{target}/loss.png") and not finished(f"{target}/model.safetensors"):
+            command = [train, "--stage", stage, "--model", folder / source, "--output", folder / target, "--seed", SEED]
+            command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--save-every", 250]
+            run(2, [*command, "--batch", batch, "--micro-batch", 8, "--learning-rate", rate])
+    if not finished("test/pictures"):
+        run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", tests, "--seed", SEED])
+    run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Scores the built-in model on freshly drawn scenes, beside what can be reached without looking.
+
+    python tiny/make_data.py test --output TEST --scenes 2400
+    python tiny/score.py --model tiny/model --test TEST
+
+For each family of questions: how often the answer is exactly right (evaluate.py's metric "exact"), in one word and as a
+sentence; the same when the model is shown another scene's picture ("blind"); what a guesser reaches who names a random
+thing of the right scene; and the answer that is most often right. The answers are written into TEST/answers and are not
+asked for again.
+"""
+
+import argparse
+import collections
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from world import FAMILIES
+
+from evaluate import METRICS, exact_match
+
+NAMES = [*(family for family in FAMILIES if family != "facts"), "unseen"]
+
+
+def read(file: Path) -> list[dict]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def blindfold(questions: Path, target: Path) -> Path:
+    """The same questions about the next scene's picture."""
+    lines = read(questions)
+    pictures = [line["image"] for line in lines]
+    for line, picture in zip(lines, pictures[1:] + pictures[:1], strict=True):
+        line["image"] = picture
+    target.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return target
+
+
+def ask(model: str, questions: Path, images: Path, out: Path, short: bool) -> list[str]:
+    """The model's answers, by evaluate.py."""
+    command = [sys.executable, ROOT / "evaluate.py", "--model", model, "--questions", questions, "--images", images]
+    command += ["--out", out, "--metric", "exact", "--system", "", "--batch", "64", *(["--short"] if short else [])]
+    subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+    texts = {line["question_id"]: line["text"] for line in read(out)}
+    return [texts[line["question_id"]] for line in read(questions)]
+
+
+def percent(texts: list[str], lines: list[dict]) -> float:
+    """How many of the answers are exactly right."""
+    return 100 * sum(exact_match(text, [line["answer"]]) for text, line in zip(texts, lines, strict=True)) / len(lines)
+
+
+def main() -> None:
+    """Prints the table of the model card."""
+    parser = argparse.ArgumentParser(prog="score.py", description="Scores the built-in model on drawn scenes.")
+    parser.add_argument("--model", default=str(ROOT / "tiny" / "model"))
+    parser.add_argument("--test", required=True, type=Path, help="the folder that make_data.py test has written")
+    parser.add_argument("--out", type=Path, help="a file for the table")
+    args = parser.parse_args()
+    folder = args.test / "answers"
+    folder.mkdir(exist_ok=True)
+    rows = ["| family | questions | form | right | blind | random thing | always the same |", "| --- " * 7 + "|"]
+    for name in NAMES:
+        for form in ("short", "sentence"):
+            stem = name if form == "short" else f"{name}-sentence"
+            questions = args.test / f"{stem}.jsonl"
+            lines = read(questions)
+            seen = ask(args.model, questions, args.test, folder / f"{stem}.jsonl", form == "short")
+            blinded = blindfold(questions, folder / f"{stem}-blind-questions.jsonl")
+            blind = ask(args.model, blinded, args.test, folder / f"{stem}-blind.jsonl", form == "short")
+            answer, often = collections.Counter(line["answer"] for line in lines).most_common(1)[0]
+            guessed = f"{percent([line['guess'] for line in lines], lines):.1f}" if form == "short" else ""
+            rows.append(
+                f"| {name} | {len(lines)} | {form} | **{percent(seen, lines):.1f}** | {percent(blind, lines):.1f} "
+                f"| {guessed} | {100 * often / len(lines):.1f} ({answer if len(answer) < 20 else '...'}) |"
+            )
+            if name == "existence":
+                truth = [["yes" if line["answer"].lower().startswith("yes") else "no"] for line in lines]
+                f1 = METRICS["pope"](list(zip(seen, truth, strict=True)))["F1"]
+                rows.append(f"| existence as POPE, F1 | {len(lines)} | {form} | **{f1:.3f}** | | | |")
+            print(rows[-1], file=sys.stderr)
+    table = "\n".join(rows) + "\n"
+    print(table, end="")
+    if args.out:
+        args.out.write_text(table)
+
+
+if __name__ == "__main__":
+    main()
