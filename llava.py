@@ -48,7 +48,7 @@ from check import (
     why_not_finite,
 )
 from load import copy_processor_files, find_folder, load_weights, read_config, save_weights
-from quantize import quantize_linears
+from quantize import compact_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
 
@@ -413,12 +413,11 @@ class LlavaForConditionalGeneration(nn.Module):
             dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
             F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
             with torch.device("meta"):  # a model with shapes but no memory
-                model = cls(config)
-                if quantize:
-                    quantize_linears(model)
+                model = cls(config).to(dtype)
+                compact_linears(model, quantize, device)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
-        load_weights(model, folder, dtype, device)
+        load_weights(model, folder, device)
         model.tie_weights()
         return model.eval()
 

@@ -231,8 +231,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Loads the weights into a model that was built on the meta device, one tensor at a time.
+def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
+    """Loads the weights into a model that was built on the meta device, in its dtypes, one tensor at a time.
 
     A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
     converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
@@ -270,7 +270,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
                 if wanted[name].dtype == torch.int8:
                     module.load_weight(tensor.to(device))
                 else:
-                    setattr(module, attribute, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+                    setattr(module, attribute, nn.Parameter(tensor.to(device=device, dtype=wanted[name].dtype)))
                 del tensor  # or its mapping would outlive the file
 
 

@@ -68,7 +68,9 @@ def pair(tmp_path):
     judge.save_pretrained(tmp_path)
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize="int8")
     for name, module in judge.named_modules():
-        if isinstance(module, nn.Linear) and name != "lm_head":
+        if name == "lm_head":
+            module.weight.data = module.weight.half().float()
+        elif isinstance(module, nn.Linear):
             rounded = Int8Linear(module.in_features, module.out_features)
             rounded.load_weight(module.weight)
             module.weight.data = rounded.dequantized()
