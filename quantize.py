@@ -9,10 +9,10 @@ the place of an `nn.Linear` for inference: the same arguments, names and shapes.
 
 Int8 is symmetric and per output channel: each row of the matrix has the scale that brings its largest weight to 127.
 Only weights are rounded to 8 bits. The CPU's integer products need bytes on both sides, so each activation is split
-into two of them, 16 bits together: x = step * (256 * high + low), where each row of activations has a step of its own.
+into two of them, 15 bits together: x = step * (254 * high + low), where each row of activations has a step of its own.
 The embeddings stay as they are and the head gets 16 bits, for it is the layer where rounding changes answers most.
 
-Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 16 bits make
+Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 15 bits make
 superfluous. The choice of kernels is measured, on PyTorch 2.13 and an AMD EPYC with AVX-512 VNNI; bench.py repeats it.
 """
 
@@ -73,12 +73,13 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
         out = rows.new_empty(len(rows), len(self.weight))
         for some, result in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
-            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / (127 * 256)  # (M, 1)
-            both = some / step
-            high = (both / 256).round_()
-            low = both.sub_(high, alpha=256).clamp_(max=127).round_()
-            high, low = self.product(torch.cat([high, low]).to(torch.int8)).float().chunk(2)
-            torch.mul(low.add_(high, alpha=256).mul_(step), self.scale, out=result)
+            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / (127 * 254)  # (M, 1)
+            low = some / step
+            high = (low / 254).round_()
+            low.sub_(high, alpha=254).round_()
+            both = torch.cat([high.to(torch.int8), low.to(torch.int8)])
+            high, low = self.product(both).float().chunk(2)
+            torch.mul(low.add_(high, alpha=254).mul_(step), self.scale, out=result)
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
