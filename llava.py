@@ -142,9 +142,7 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> the same shape; in float32, and rounded to the dtype of x before the weight comes in."""
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -169,9 +167,11 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape.
+
+    The first half of `sin` is negative, for the second channel of each pair is subtracted from the first.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
@@ -320,7 +320,8 @@ class LlamaModel(nn.Module):
         positions = torch.arange(start, start + length, device=x.device)  # (T,)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
-        angles = positions[..., None] * self.frequencies.to(x.device).repeat(2)  # (T, Dh) or (B, 1, T, Dh)
+        frequencies = self.frequencies.to(x.device)
+        angles = positions[..., None] * torch.cat([-frequencies, frequencies])  # (T, Dh) or (B, 1, T, Dh)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = causal_mask(length, start, padding, x.device)
         for layer in self.layers:
