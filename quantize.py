@@ -10,7 +10,7 @@ the place of an `nn.Linear` for inference: the same arguments, names and shapes.
 Int8 is symmetric and per output channel: each row of the matrix has the scale that brings its largest weight to 127.
 Only weights are rounded to 8 bits. The CPU's integer products need bytes on both sides, so each activation is split
 into two of them, 15 bits together: x = step * (254 * high + low), where each row of activations has a step of its own.
-The embeddings stay as they are and the head gets 16 bits, for it is the layer where rounding changes answers most.
+The embeddings and the head stay as they are, for the head is the layer where rounding changes answers most.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 15 bits make
 superfluous. The choice of kernels is measured, on PyTorch 2.13 and an AMD EPYC with AVX-512 VNNI; bench.py repeats it.
@@ -110,8 +110,6 @@ def compact_linears(model: nn.Module, quantize: str | None, device: torch.device
             dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(*shape))
-            elif quantize == "int8" and dtype == torch.float32:
-                setattr(module, name, HalfLinear(*shape, dtype=torch.float16))
             elif device.type == "cpu" and dtype != torch.float32 and not computes_in(dtype):
                 setattr(module, name, HalfLinear(*shape, dtype=dtype))
 
