@@ -751,7 +751,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: the first of them that is there",
     )
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
-    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster prompts")
+    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster")
     add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="open with this sentence, or with Vicuna's own")
