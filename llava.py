@@ -142,7 +142,7 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> the same shape; in float32, and rounded to the dtype of x before the weight comes in."""
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
+        return self.weight * torch.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
