@@ -175,12 +175,12 @@ import pathlib, re, sys
 import torch
 sys.path.insert(0, {root!r})
 from llava import LlavaForConditionalGeneration
-from quantize import Int8Linear
-Int8Linear(512, 512).load_weight(torch.randn(512, 512))  # what libraries take for their first call of all
+LlavaForConditionalGeneration.from_pretrained({small!r}, {dtype!r}, quantize={quantize!r})
+torch.randn(512, 512).abs().amax(dim=1)  # what libraries take for their first call of all
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 before = peak()
 model = LlavaForConditionalGeneration.from_pretrained({folder!r}, {dtype!r}, quantize={quantize!r})
-for parameter in model.parameters(): parameter.sum()  # reads what is still only mapped
+for parameter in model.parameters(): parameter.max()  # reads what is still only mapped
 print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.numel() for p in model.parameters()))
 """
 
@@ -188,13 +188,14 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()), max(p.numel() 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
 @pytest.mark.parametrize("kind", [("auto", "int8"), ("bfloat16", None), ("float16", None)], ids=str)
-def test_loading_takes_the_small_weights_and_one_tensor_more(kind, stored, tmp_path, request):
+def test_loading_takes_the_small_weights_and_one_tensor_more(kind, stored, checkpoint, tmp_path, request):
     judge = make_judge(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}).to(stored)
     judge.save_pretrained(tmp_path)
     dtype, quantize = kind
-    script = MEASURE.format(root=str(request.config.rootpath), folder=str(tmp_path), dtype=dtype, quantize=quantize)
+    folders = {"root": str(request.config.rootpath), "folder": str(tmp_path), "small": str(checkpoint)}
+    script = MEASURE.format(**folders, dtype=dtype, quantize=quantize)
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     peak, size, largest = map(int, re.findall(r"\d+", output))
     print(f"peak {peak / 1e6:.0f} MB for {size / 1e6:.0f} MB of weights, largest tensor {largest / 1e6:.1f} M weights")
     # The tensor as it is stored, a few rows in float32, and what libraries take.
-    assert peak < size + stored.itemsize * largest + 40e6
+    assert peak < size + stored.itemsize * largest + 50e6

@@ -254,8 +254,8 @@ def ask_details(scene: Scene, rng: random.Random) -> Turn:
 def ask_facts(scene: Scene, rng: random.Random) -> Turn:
     """Pairs of words such as "circle red": the first means one thing alone, the second says something else of it.
 
-    Nobody would ask this. But here what is to be found stands right beside what it is found by, so this is where looking
-    things up by what they are is learned first; without it, the other questions wait very long for that.
+    Nobody would ask this. But here what is to be found stands right beside what it is found by, so this is where
+    looking things up by what they are is learned first; without it, the other questions wait very long for that.
     """
     facts = []
     for _ in range(6):
