@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from check import command_line, free_memory
 from llava import KVCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, peak_memory
 from load import weight_bytes, write_json
-from quantize import Int8Linear, quantize_linears
+from quantize import compact_linears, computes_in
 from vision import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -57,10 +57,11 @@ SHAPES = {  # the vision tower; then vocabulary, width, width of the MLP, layers
 CONTENDERS = {  # dtype and quantisation
     "llava float32": ("float32", None),
     "llava bfloat16": ("bfloat16", None),
+    "llava float16": ("float16", None),
     "llava int8": ("float32", "int8"),
     "transformers float32": ("float32", None),
     "transformers bfloat16": ("bfloat16", None),
-    "llama.cpp Q8_0": ("int8", None),  # 34 bytes for 32 weights
+    "llama.cpp Q8_0": ("float32", "int8"),
 }
 NEEDS = {  # modules, and the packages that have them
     "transformers": (["transformers"], "transformers"),
@@ -80,17 +81,16 @@ BATCHES, CONTEXTS = [1, 2, 4, 8], [600, 1200, 2400, 3600]
 LOAD, MEMORY = "loading, s", "peak memory, GB"
 VISION, FIRST, SPEED = "vision tower and projector, s", "first token, s", "then, tokens/s"
 GB_S, GFLOP_S = "one row, GB/s of weights", "600 rows, GFLOP/s"
-LAYER = "quantize.py's int8 layer"
-KINDS = {"float32": 4, "bfloat16": 2, "int8": 1, LAYER: 1}  # of weights, and the bytes of one
+KINDS = ["float32", "bfloat16", "float16", "int8"]  # of weights
 IMAGE_TOKEN_ID = 420
 
 
-def meta_model(shape: str, quantize: str | None = None) -> LlavaForConditionalGeneration:
+def meta_model(shape: str, dtype: str = "float32", quantize: str | None = None) -> LlavaForConditionalGeneration:
     """The model of this shape, without memory."""
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(*SHAPES[shape], image_token_id=IMAGE_TOKEN_ID))
-        if quantize:
-            quantize_linears(model)
+        config = LlavaConfig(*SHAPES[shape], image_token_id=IMAGE_TOKEN_ID)
+        model = LlavaForConditionalGeneration(config).to(getattr(torch, dtype))
+        compact_linears(model, quantize, torch.device("cpu"))
     return model
 
 
@@ -209,36 +209,24 @@ def machine_limits(shape: str) -> dict[str, float]:
     """For each kind of weights, at best: GB/s of them through products with one row, GFLOP/s of a product with 600.
 
     The matrices are those of the decoder's MLP. Since a decoder does not fit into a CPU's cache, the single row goes
-    through several of them in turn: half a gigabyte, or as many as the decoder has.
+    through several of them in turn: half a gigabyte, or as many as the decoder has. The 600 rows are computed in the
+    kind of numbers that the CPU has units for, float32 for 16 bits without them, and in 8 bits on both sides for int8.
     """
     config, limits = SHAPES[shape][1], {}
     width, wide = config.hidden_size, config.intermediate_size
     x = torch.randn(PROMPT, width)
-    for kind, size in KINDS.items():
-        count = min(3 * config.num_hidden_layers, math.ceil(5e8 / (size * width * wide)))
-        products = [two_products(kind, torch.randint(-127, 128, (wide, width)).char(), x) for _ in range(count)]
-        each = min(seconds(lambda products=products: [one() for one, _ in products], 10)) / count
-        limits[f"{kind}: {GB_S}"] = size * width * wide / each / 1e9
-        limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(products[0][1], 10)) / 1e9
+    for kind in KINDS:
+        dtype = getattr(torch, kind)
+        count = min(3 * config.num_hidden_layers, math.ceil(5e8 / (dtype.itemsize * width * wide)))
+        weights = [torch.randint(-127, 128, (wide, width), dtype=torch.int8).to(dtype) for _ in range(count)]
+        product = (lambda x, weight: torch._int_mm(x, weight.t())) if kind == "int8" else F.linear
+        rows = [partial(product, x[:1].to(dtype), weight) for weight in weights]
+        each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
+        limits[f"{kind}: {GB_S}"] = weights[0].nbytes / each / 1e9
+        units = dtype if kind == "int8" or computes_in(dtype) else torch.float32
+        whole = partial(product, x.to(units), weights[0].to(units))
+        limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(whole, 10)) / 1e9
     return limits
-
-
-def two_products(kind: str, weight: Tensor, x: Tensor) -> tuple[Callable[[], Tensor], Callable[[], Tensor]]:
-    """Products of a matrix with the first row of x and with all of it.
-
-    "int8" are the fastest that PyTorch has, each less exact than a model needs: the row in 16 bits, and rows in 8 bits.
-    """
-    if kind == "int8":
-        scale = torch.ones(len(weight), dtype=torch.bfloat16)
-        one = partial(torch.ops.aten._weight_int8pack_mm, x[:1].bfloat16(), weight, scale)
-        return one, partial(torch._int_mm, x.char(), weight.t())
-    if kind == LAYER:
-        layer = Int8Linear(weight.shape[1], len(weight), bias=False)
-        layer.load_weight(weight)
-    else:
-        x = x.to(getattr(torch, kind))
-        layer = partial(F.linear, weight=weight.to(x.dtype))
-    return partial(layer, x[:1]), partial(layer, x)
 
 
 # What is computed
@@ -251,16 +239,17 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     others), that of a token after it is to read the decoder's matrices and the head once.
     """
     (vision, text), (dtype, quantize), model = SHAPES[shape], CONTENDERS[name], meta_model(shape)
+    is_peer = name.startswith("llama.cpp")  # all of its matrices have 8 bits, the head too: 34 bytes for 32 weights
     with torch.device("meta"), FlopCounterMode(display=False) as image:
-        if not name.startswith("llama.cpp"):
+        if not is_peer:
             model.get_image_features(torch.empty(1, 3, vision.image_size, vision.image_size))
     with torch.device("meta"), FlopCounterMode(display=False) as words:
         model.language_model.lm_head(model.language_model.model(torch.empty(1, PROMPT, text.hidden_size))[:, -1])
     flops, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
-    for weight_name, weight in meta_model(shape, quantize).language_model.named_parameters():
+    for weight_name, weight in meta_model(shape, dtype, quantize).language_model.named_parameters():
         if weight.ndim == 2 and "embed_tokens" not in weight_name:
-            kind = "int8" if weight.dtype == torch.int8 else dtype
-            size = KINDS[kind] * weight.numel() * (34 / 32 if name.startswith("llama.cpp") else 1)
+            kind = "int8" if is_peer else str(weight.dtype).removeprefix("torch.")
+            size = weight.numel() * (34 / 32 if is_peer else weight.itemsize)
             token += size / limits[f"{kind}: {GB_S}"] / 1e9
     image, words = image.get_total_flops(), words.get_total_flops()
     return {VISION: image / flops, FIRST: (image + words) / flops, SPEED: 1 / token}
@@ -270,10 +259,9 @@ def plan() -> dict[str, dict[str, str]]:
     """What the weights of each shape and a cache of 1000 tokens take."""
     columns: dict[str, dict[str, str]] = {"float32": {}, "bfloat16": {}, "int8": {}}
     for kind, shape in itertools.product(columns, SHAPES):
-        model = meta_model(shape, "int8" if kind == "int8" else None)
-        dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
-        cache = 2 * KVCache(model, max_length=1000).keys.numel() * dtype.itemsize
-        sizes = f"{weight_bytes(model, dtype) / 1e9:.2f} + {cache / 1e9:.2f}"
+        model = meta_model(shape, *CONTENDERS[f"llava {kind}"])
+        cache = KVCache(model, max_length=1000)
+        sizes = f"{weight_bytes(model) / 1e9:.2f} + {(cache.keys.nbytes + cache.values.nbytes) / 1e9:.2f}"
         columns[kind][f"{shape}: weights + cache of 1000 tokens"] = sizes
     return columns
 
@@ -300,7 +288,7 @@ def find_contenders(peer: str | None, shape: str) -> list[str]:
     for name, (dtype, quantize) in CONTENDERS.items():
         project = name.split()[0]
         modules, packages = NEEDS.get(project, ([], ""))
-        size = weight_bytes(meta_model(shape, quantize), getattr(torch, dtype)) + 10**9
+        size = weight_bytes(meta_model(shape, dtype, quantize)) + 10**9
         if project == "llama.cpp" and peer != project:
             continue
         if not all(map(importlib.util.find_spec, modules)):
@@ -370,7 +358,7 @@ def run(args: argparse.Namespace) -> None:
     if tables:
         contenders = find_contenders(args.peer, args.shape)
         peer = args.peer if "speed" in tables and "llama.cpp Q8_0" in contenders else None
-        size = weight_bytes(meta_model(args.shape), torch.float16) * (1.6 if peer else 1)
+        size = weight_bytes(meta_model(args.shape, "float16")) * (1.6 if peer else 1)
         if size > shutil.disk_usage(args.folder or tempfile.gettempdir()).free:
             raise OSError(f"the weights take {size / 1e9:.1f} GB of disk, which is not there: choose another --folder")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:

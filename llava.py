@@ -57,7 +57,7 @@ from load import (
     stored_tensors,
     weight_bytes,
 )
-from quantize import quantize_linears
+from quantize import compact_linears
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
 from vision import ACTIVATIONS, CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor, load_image
 
@@ -153,9 +153,7 @@ class LlamaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> the same shape; in float32, and rounded to the dtype of x before the weight comes in."""
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return self.weight * torch.rms_norm(x.float(), self.weight.shape, eps=self.eps).to(x.dtype)
 
 
 def rope_frequencies(config: LlamaConfig) -> Tensor:
@@ -180,9 +178,11 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape.
+
+    The first half of `sin` is negative, for the second channel of each pair is subtracted from the first.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 class KVCache:
@@ -331,7 +331,8 @@ class LlamaModel(nn.Module):
         positions = torch.arange(start, start + length, device=x.device)  # (T,)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
-        angles = positions[..., None] * self.frequencies.to(x.device).repeat(2)  # (T, Dh) or (B, 1, T, Dh)
+        frequencies = self.frequencies.to(x.device)
+        angles = positions[..., None] * torch.cat([-frequencies, frequencies])  # (T, Dh) or (B, 1, T, Dh)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = causal_mask(length, start, padding, x.device)
         for layer in self.layers:
@@ -414,16 +415,14 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
         folder = find_folder(name)
-        model, dtype = cls.planned(folder, dtype, device, quantize)
-        load_weights(model, folder, dtype, torch.device(device))
+        model = cls.planned(folder, dtype, device, quantize)
+        load_weights(model, folder, torch.device(device))
         model.tie_weights()
         return model.eval()
 
     @classmethod
-    def planned(
-        cls, folder: Path, dtype: torch.dtype | str, device: torch.device | str, quantize: str | None
-    ) -> tuple[Self, torch.dtype]:
-        """A folder's model with shapes but no memory (on the meta device), and the dtype that it would be loaded in.
+    def planned(cls, folder: Path, dtype: torch.dtype | str, device: torch.device | str, quantize: str | None) -> Self:
+        """A folder's model with the shapes and dtypes that it would be loaded in, but no memory (on the meta device).
 
         Arguments and errors are those of `from_pretrained`.
         """
@@ -437,12 +436,11 @@ class LlavaForConditionalGeneration(nn.Module):
             dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
             F.gelu(torch.ones(1, dtype=dtype, device=device))  # does the device exist, and know this dtype?
             with torch.device("meta"):
-                model = cls(config)
-                if quantize:
-                    quantize_linears(model)
+                model = cls(config).to(dtype)
+                compact_linears(model, quantize, device)
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
-        return model, dtype
+        return model
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, generation_config.json and the weights so that transformers, and this file, load them."""
@@ -773,7 +771,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: the first of them that is there",
     )
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
-    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster prompts")
+    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster")
     add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="open with this sentence, or with Vicuna's own")
@@ -813,10 +811,10 @@ def check_memory(folder: Path, dtype: str, device: torch.device, quantize: str |
 
     def needed(dtype: str, quantize: str | None) -> list[int]:
         """Bytes of the weights and of the cache."""
-        model, torch_dtype = LlavaForConditionalGeneration.planned(folder, dtype, device, quantize)
+        model = LlavaForConditionalGeneration.planned(folder, dtype, device, quantize)
         stored_tensors(model, folder)  # first of all, config.json and the weights should be of the same model
         cache = KVCache(model, max_length=min(tokens, model.config.text_config.context_length))
-        return [weight_bytes(model, torch_dtype), 2 * cache.keys.numel() * torch_dtype.itemsize]
+        return [weight_bytes(model), cache.keys.nbytes + cache.values.nbytes]
 
     weights, cache = needed(dtype, quantize)
     free = free_memory(device)

@@ -256,15 +256,13 @@ def stored_tensors(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
     return stored
 
 
-def weight_bytes(model: nn.Module, dtype: torch.dtype) -> int:
-    """What the weights of a model on the meta device will take in memory once `load_weights` has loaded them."""
-    floats = sum(parameter.numel() for parameter in model.parameters() if parameter.is_floating_point())
-    small = [parameter for parameter in model.parameters() if not parameter.is_floating_point()]
-    return floats * dtype.itemsize + sum(tensor.nbytes for tensor in (*small, *model.buffers()))
+def weight_bytes(model: nn.Module) -> int:
+    """What the weights of a model take in memory, or will take if it is on the meta device."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Loads the weights into a model that was built on the meta device, one tensor at a time.
+def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
+    """Loads the weights into a model that was built on the meta device, in its dtypes, one tensor at a time.
 
     A file is mapped, not read: on a CPU, a tensor of the right dtype stays where the mapping shows it, and any other is
     converted on its own. The file is opened anew for each, because pages that were read through a mapping are given
@@ -286,7 +284,7 @@ def load_weights(model: nn.Module, folder: Path, dtype: torch.dtype, device: tor
                 if wanted[name].dtype == torch.int8:
                     module.load_weight(tensor.to(device))
                 else:
-                    setattr(module, attribute, nn.Parameter(tensor.to(device=device, dtype=dtype)))
+                    setattr(module, attribute, nn.Parameter(tensor.to(device=device, dtype=wanted[name].dtype)))
                 del tensor  # or its mapping would outlive the file
 
 

@@ -1,32 +1,44 @@
-"""Small weights: linear layers that store one byte per weight and compute almost as if they stored four.
+"""Small weights: linear layers that store one or two bytes per weight and compute almost as if they stored four.
 
-    weight (out, in) float  ->  weight (out, in) int8, scale (out,) float32      with weight ~ int8 * scale
+    HalfLinear  weight (out, in) float16 or bfloat16
+    Int8Linear  weight (out, in) int8, scale (out,) float32      with the true weight ~ int8 * scale
 
-A 7B model takes 8 GB this way instead of 28, and its prompts are computed faster. (A CPU that answers reads all weights
-from memory once per token, so a quarter of the bytes could be four times the speed there; with a single row, PyTorch's
-integer product is far from that, as bench.py shows.) Rounding is symmetric and per output channel: each row of the
-matrix has the scale that brings its largest weight to 127. The head and the embeddings stay as they are: of all layers,
-the head is the one in which rounding changes the answers most.
+A CPU that answers reads all weights from memory once per token, so their bytes are what an answer's speed depends on; a
+prompt has hundreds of rows and depends on arithmetic. Each layer does both in the way that CPUs are fast at, and takes
+the place of an `nn.Linear` for inference: the same arguments, names and shapes.
 
-Only the weights are rounded to 8 bits. The CPU's fast integer products need integers on both sides, so the activations
-are split into two bytes each, 15 bits together: x = step * (high + low / 254), with the step of each row its own. Both
-products go through the weights together, as if there were twice as many rows.
+Int8 is symmetric and per output channel: each row of the matrix has the scale that brings its largest weight to 127.
+Only weights are rounded to 8 bits. The CPU's integer products need bytes on both sides, so each activation is split
+into two of them, 15 bits together: x = step * (254 * high + low), where each row of activations has a step of its own.
+The embeddings and the head stay as they are, for the head is the layer where rounding changes answers most.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 15 bits make
-superfluous.
+superfluous. The choice of kernels is measured, on PyTorch 2.13 and an AMD EPYC with AVX-512 VNNI; bench.py repeats it.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BLOCK = 256  # rows whose intermediate results stay in the CPU's cache
+
+
+class HalfLinear(nn.Linear):
+    """Weights of 16 bits on a CPU that has no units for such numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out), in the dtype of x."""
+        if x.device.type != "cpu" or x.shape[:-1].numel() == 1:  # a single row: as fast as memory allows
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
+        rows = x.float()
+        out = torch.cat([F.linear(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)], dim=-1)
+        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+
 
 class Int8Linear(nn.Module):
-    """Takes the place of an `nn.Linear` for inference: the same names, the same shapes, weights of one byte.
-
-    Args:
-        in_features, out_features, bias: as for `nn.Linear`.
-    """
+    """Weights of one byte."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -40,10 +52,11 @@ class Int8Linear(nn.Module):
         """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time, to need no second matrix."""
         self.scale = torch.empty(len(weight), device=weight.device)
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False)
-        for rows, scale, rounded in zip(weight.split(256), self.scale.split(256), self.weight.split(256), strict=True):
+        parts = (tensor.split(BLOCK) for tensor in (weight, self.scale, self.weight))
+        for rows, scale, rounded in zip(*parts, strict=True):
             rows = rows.float()
             scale.copy_(rows.abs().amax(dim=1).clamp_(min=1e-30) / 127)
-            rounded.copy_(rows.div_(scale[:, None]).round_())
+            rounded.copy_(rows.div(scale[:, None]).round_())
 
     def dequantized(self) -> Tensor:
         """The weight matrix (out, in) that the layer computes with, float32."""
@@ -51,23 +64,56 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if x.device.type != "cpu":  # the integer kernels elsewhere are for large batches only
-            out = F.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
-            return out if self.bias is None else out + self.bias
+        if x.device.type != "cpu" or self.weight.shape[1] == 1 or not integer_products():  # slower, and right anywhere
+            kind = torch.float32 if x.device.type == "cpu" else x.dtype
+            parts = zip(self.weight.split(4 * BLOCK), self.scale.split(4 * BLOCK), strict=True)
+            parts = [F.linear(x.to(kind), (part * scale[:, None]).to(kind)) for part, scale in parts]
+            out = torch.cat(parts, dim=-1)
+            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
-        step = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 127  # (M, 1)
-        high = (rows := rows / step).round()
-        low = (rows - high).mul_(254).round_()
-        both = torch._int_mm(torch.cat([high, low]).to(torch.int8), self.weight.t())  # (2 M, out), int32
-        high, low = both.float().chunk(2)
-        out = high.add_(low, alpha=1 / 254).mul_(step).mul_(self.scale)
+        out = rows.new_empty(len(rows), len(self.weight))
+        for some, result in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
+            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / (127 * 254)  # (M, 1)
+            low = some / step
+            high = (low / 254).round_()
+            low.sub_(high, alpha=254).round_()
+            both = torch.cat([high.to(torch.int8), low.to(torch.int8)])
+            high, low = self.product(both).float().chunk(2)
+            torch.mul(low.add_(high, alpha=254).mul_(step), self.scale, out=result)
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
+    def product(self, both: Tensor) -> Tensor:
+        """(2 M, in) int8 -> (2 M, out) int32, the way that reads the weights fastest for so many rows."""
+        if len(both) == 2:  # only a single row streams; what it read is in the cache when the second one comes
+            parts = [[torch._int_mm(row[None], weight.t()) for row in both] for weight in self.weight.split(4096)]
+            return torch.cat([torch.cat(part) for part in parts], dim=1)
+        if len(both) <= 2 * BLOCK // 4:  # with the weights on the left, they need not be rearranged first
+            return torch._int_mm(self.weight, both.t()).t()
+        return torch._int_mm(both, self.weight.t())
 
-def quantize_linears(model: nn.Module) -> None:
-    """Puts an empty Int8Linear in the place of every `nn.Linear` but the head, before weights are loaded."""
+
+@functools.cache
+def integer_products() -> bool:
+    """Whether this CPU's integer products are exact: without VNNI instructions, sums of two are cut off at 2**15."""
+    large = torch.full((64, 64), 127, dtype=torch.int8)
+    return all(bool((torch._int_mm(large[:rows], large) == 64 * 127**2).all()) for rows in (1, 64))
+
+
+def compact_linears(model: nn.Module, quantize: str | None, device: torch.device) -> None:
+    """Exchanges the linear layers of a model without weights for those above, where that makes it smaller or faster."""
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
+            if not isinstance(child, nn.Linear) or child.weight in embeddings:
+                continue
+            dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
+            if quantize == "int8" and name != "lm_head":
+                setattr(module, name, Int8Linear(*shape))
+            elif device.type == "cpu" and dtype != torch.float32 and not computes_in(dtype):
+                setattr(module, name, HalfLinear(*shape, dtype=dtype))
+
+
+def computes_in(dtype: torch.dtype) -> bool:
+    """Whether this CPU has units for wide products of 16-bit numbers."""
+    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()

@@ -106,7 +106,8 @@ def test_what_is_not_installed_is_left_out_with_a_sentence(call, monkeypatch):
 
 def test_what_does_not_fit_into_memory_is_left_out_with_a_sentence(monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 16 * 10**9)
-    assert bench.find_contenders(None, "7b") == ["llava bfloat16", "llava int8", "transformers bfloat16"]
+    small = ["llava bfloat16", "llava float16", "llava int8", "transformers bfloat16"]
+    assert bench.find_contenders(None, "7b") == small
     error = capsys.readouterr().err
     assert "llava float32 is left out: it takes about 29.3 GB of memory, and 16.0 GB are free" in error
 
@@ -126,7 +127,7 @@ def test_of_13b_there_is_the_plan_alone(call):
 def test_the_7b_path_works_with_shards_and_another_folder(call, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "7b", bench.SHAPES["tiny"])
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 700_000)
-    all_but_float32 = 10**9 + weight_bytes(bench.meta_model("7b"), torch.float32) - 1
+    all_but_float32 = 10**9 + weight_bytes(bench.meta_model("7b")) - 1
     monkeypatch.setattr(bench, "free_memory", lambda device: all_but_float32)
     files = []
     measure = bench.measure_alone
@@ -139,11 +140,13 @@ def test_the_7b_path_works_with_shards_and_another_folder(call, tmp_path, monkey
     monkeypatch.setattr(bench, "measure_alone", watched)
     printed = call("--shape", "7b", "--tables", "speed", "--folder", tmp_path)
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert "| | llava bfloat16 | llava int8 | transformers bfloat16 |" in printed.out
+    assert "| | llava bfloat16 | llava float16 | llava int8 | transformers bfloat16 |" in printed.out
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["llava float32", "transformers bfloat16", "llava int8", "llama.cpp Q8_0"])
+@pytest.mark.parametrize(
+    "name", ["llava float32", "llava float16", "transformers bfloat16", "llava int8", "llama.cpp Q8_0"]
+)
 def test_what_is_computed_is_counted(name):
     limits = {
         f"{kind}: {figure}": value for kind in bench.KINDS for figure, value in ((bench.GB_S, 1), (bench.GFLOP_S, 1))
@@ -151,6 +154,7 @@ def test_what_is_computed_is_counted(name):
     best = bench.at_best(name, "tiny", limits)
     layer, head = 4 * 128 * 128 + 3 * 128 * 256, 448 * 128
     sizes = {"llava float32": 4 * (4 * layer + head), "transformers bfloat16": 2 * (4 * layer + head)}
+    sizes |= {"llava float16": 2 * (4 * layer + head)}
     sizes |= {"llava int8": 4 * layer + 4 * head, "llama.cpp Q8_0": (4 * layer + head) * 34 / 32}
     assert best[bench.SPEED] == pytest.approx(1e9 / sizes[name])
     text = 2 * (600 * 4 * layer + head) + 4 * 4 * 600 * 600 * 128

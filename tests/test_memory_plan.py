@@ -19,11 +19,11 @@ GROUP = "user.slice/app.scope"
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(dtype, quantize, checkpoint, monkeypatch):
-    planned, torch_dtype = LlavaForConditionalGeneration.planned(checkpoint, dtype, "cpu", quantize)
+    planned = LlavaForConditionalGeneration.planned(checkpoint, dtype, "cpu", quantize)
     assert all(tensor.is_meta for tensor in [*planned.parameters(), *planned.buffers()])
     loaded = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype, quantize=quantize)
     size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
-    assert weight_bytes(planned, torch_dtype) == size
+    assert weight_bytes(planned) == weight_bytes(loaded) == size
 
     cache = KVCache(loaded, max_length=200)
     monkeypatch.setattr(llava, "WORKING_MEMORY", 0)

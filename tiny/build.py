@@ -3,7 +3,7 @@
     python tiny/build.py --folder BUILD            about two hours on two CPU cores
     python tiny/build.py --folder BUILD --quick    about half an hour; it learns less
 
-All steps can be stopped at any point: the same command line goes on. What a finished step has written is not made again.
+All steps can be stopped at any point: the same command line goes on, and what a finished step has written is kept.
 The trained model is BUILD/model, its scores are BUILD/scores.md.
 """
 
