@@ -1,0 +1,81 @@
+"""Drawing for the notebooks: pictures with their patches, heat maps over pictures, bars; and one style for all of it.
+
+Every function draws into the matplotlib axes that it is given. Colours are told apart by the colour-blind, too
+(Okabe and Ito's palette; cividis for amounts, PuOr for what can be negative), and letters can be read on a projector.
+"""
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.image import AxesImage
+from PIL import Image
+
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
+PALETTE = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY]
+AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps: from nothing to much; from negative through white to positive
+HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "ff"])  # from nothing to see to orange
+
+
+def use_style() -> None:
+    """Sets fonts and colours for all figures of a notebook."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 80,
+            "figure.constrained_layout.use": True,
+            "savefig.bbox": "standard",
+            "font.size": 14,
+            "axes.titlesize": 15,
+            "axes.prop_cycle": plt.cycler(color=PALETTE),
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "image.cmap": AMOUNT,
+            "lines.linewidth": 2.5,
+        }
+    )
+
+
+def show_picture(ax: Axes, picture: Image.Image | np.ndarray, title: str = "", grid: int = 0) -> None:
+    """A picture, and with `grid` its cut into grid x grid patches."""
+    side = np.asarray(picture).shape[0]
+    ax.imshow(picture, extent=(0, side, side, 0))
+    ax.set_title(title)
+    ax.set_axis_off()
+    for i in range(grid + 1) if grid else []:
+        line = {"color": "white", "linewidth": 1.2, "clip_on": False}
+        ax.axhline(i * side / grid, **line)
+        ax.axvline(i * side / grid, **line)
+
+
+def show_heat(
+    ax: Axes, picture: Image.Image, values: Sequence, title: str = "", largest: float | None = None
+) -> AxesImage:
+    """One value per patch, as a heat map over a pale picture; the (P,) or (rows, columns) values start at the top left.
+
+    Returns what a colour bar needs. The colours go from 0 to `largest`, or to the largest of the values.
+    """
+    values = np.asarray(values, dtype=float)
+    rows = round(values.size**0.5)
+    values = values.reshape(rows, -1)
+    side = picture.width
+    ax.imshow(picture.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=(0, side, side, 0))
+    heat = ax.imshow(values, cmap=HEAT, vmin=0, vmax=largest, extent=(0, side, side, 0))
+    ax.set_title(title)
+    ax.set_axis_off()
+    return heat
+
+
+def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], title: str = "", marked: int | None = None) -> None:
+    """Horizontal bars, the first on top, each with its value; one of them may be marked by its colour."""
+    values = [float(value) for value in values]
+    colours = [VERMILION if i == marked else BLUE for i in range(len(values))]
+    ax.barh(range(len(values)), values, color=colours)
+    ax.set_yticks(range(len(values)), labels)
+    ax.invert_yaxis()
+    ax.set_title(title)
+    for i, value in enumerate(values):
+        ax.text(value, i, f" {value:.2f}", va="center", fontsize=12)
+    ax.margins(x=0.15)
