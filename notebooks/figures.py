@@ -79,3 +79,14 @@ def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], title: str = 
     for i, value in enumerate(values):
         ax.text(value, i, f" {value:.2f}", va="center", fontsize=12)
     ax.margins(x=0.15)
+
+
+def show_tokens(ax: Axes, tokens: Sequence[str], colours: Sequence[str], per_row: int = 12, title: str = "") -> None:
+    """Tokens as coloured boxes with their numbers, row by row."""
+    for i, (token, colour) in enumerate(zip(tokens, colours, strict=True)):
+        row, column = divmod(i, per_row)
+        ax.add_patch(plt.Rectangle((column, row), 0.94, 0.86, facecolor=colour, alpha=0.45))
+        ax.text(column + 0.47, row + 0.42, token, ha="center", va="center", fontsize=12)
+        ax.text(column + 0.04, row + 0.2, str(i), fontsize=8, color="#444444")
+    ax.set(xlim=(0, per_row), ylim=((len(tokens) - 1) // per_row + 1, 0), title=title)
+    ax.set_axis_off()
