@@ -10,8 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from PIL import Image
+from PIL import Image, ImageOps
+from torch import Tensor
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
@@ -24,7 +26,7 @@ def use_style() -> None:
     """Sets fonts and colours for all figures of a notebook."""
     plt.rcParams.update(
         {
-            "figure.dpi": 80,
+            "figure.dpi": 72,
             "figure.constrained_layout.use": True,
             "savefig.bbox": "standard",
             "font.size": 14,
@@ -61,7 +63,8 @@ def show_heat(
     rows = round(values.size**0.5)
     values = values.reshape(rows, -1)
     side = picture.width
-    ax.imshow(picture.convert("L"), cmap="gray", vmin=-255, vmax=255, extent=(0, side, side, 0))
+    grey = ImageOps.posterize(picture.convert("L"), 4)  # as few tones as make a small notebook
+    ax.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=(0, side, side, 0))
     heat = ax.imshow(values, cmap=HEAT, vmin=0, vmax=largest, extent=(0, side, side, 0))
     ax.set_title(title)
     ax.set_axis_off()
@@ -81,12 +84,54 @@ def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], title: str = 
     ax.margins(x=0.15)
 
 
-def show_tokens(ax: Axes, tokens: Sequence[str], colours: Sequence[str], per_row: int = 12, title: str = "") -> None:
-    """Tokens as coloured boxes with their numbers, row by row."""
+def show_tokens(
+    ax: Axes,
+    tokens: Sequence[str],
+    colours: Sequence[str],
+    framed: Sequence[bool] | None = None,
+    per_row: int = 12,
+    title: str = "",
+) -> None:
+    """Tokens as coloured boxes, row by row, some of them framed."""
     for i, (token, colour) in enumerate(zip(tokens, colours, strict=True)):
         row, column = divmod(i, per_row)
-        ax.add_patch(plt.Rectangle((column, row), 0.94, 0.86, facecolor=colour, alpha=0.45))
-        ax.text(column + 0.47, row + 0.42, token, ha="center", va="center", fontsize=12)
-        ax.text(column + 0.04, row + 0.2, str(i), fontsize=8, color="#444444")
-    ax.set(xlim=(0, per_row), ylim=((len(tokens) - 1) // per_row + 1, 0), title=title)
+        ax.add_patch(plt.Rectangle((column, row), 0.92, 0.8, facecolor=colour, alpha=0.4))
+        if framed is not None and framed[i]:
+            ax.add_patch(plt.Rectangle((column, row), 0.92, 0.8, fill=False, linewidth=2.5))
+        ax.text(column + 0.46, row + 0.4, token, ha="center", va="center", fontsize=12)
+    ax.set(xlim=(-0.05, per_row), ylim=((len(tokens) - 1) // per_row + 0.9, -0.1), title=title)
     ax.set_axis_off()
+
+
+def show_journey(
+    fig: Figure,
+    picture: Image.Image,
+    pixels: Tensor,
+    patches: Tensor,
+    projected: Tensor,
+    prompt: Sequence[str],
+    words: Sequence[str],
+    probabilities: Sequence[float],
+    answer: str,
+) -> None:
+    """The way from pixels to words in seven panels: pixels (3, h, w), patches (P, Dv), projected (P, D), and texts."""
+    upper, middle, lower = fig.subfigures(3, 1, height_ratios=[1.25, 0.8, 1])
+    grid = round(len(patches) ** 0.5)
+    ax = upper.subplots(1, 4, width_ratios=[1, 1, 1.5, 1.5])
+    show_picture(ax[0], picture, "1 the picture")
+    low, high = pixels.min(), pixels.max()
+    show_picture(ax[1], ((pixels - low) / (high - low)).permute(1, 2, 0).numpy(), f"2 pixels {tuple(pixels.shape)}", grid)
+    for panel, values, title in [(ax[2], patches, "3 patch features"), (ax[3], projected, "4 projected")]:
+        limit = values.abs().quantile(0.98).item()
+        panel.imshow(values.T, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+        panel.set(title=f"{title} {tuple(values.shape)}", xlabel="patch", ylabel="channel")
+    boxes = [text for i, text in enumerate(prompt) if i == 0 or text != prompt[i - 1] or "<image>" not in text]
+    colours = [SKY if "<image>" in text else ORANGE for text in boxes]
+    show_tokens(middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors, blue: the patches")
+    left, right = lower.subplots(1, 2, width_ratios=[1.6, 1])
+    bars(left, words, probabilities, "6 the decoder's next word: probabilities", marked=0)
+    left.set_xlim(0, 1.15)
+    right.set_axis_off()
+    right.set_title("7 the answer")
+    box = {"boxstyle": "round,pad=0.6", "facecolor": GREEN, "alpha": 0.4, "edgecolor": "none"}
+    right.text(0.5, 0.5, answer, ha="center", va="center", fontsize=20, bbox=box, wrap=True)
