@@ -120,14 +120,18 @@ def show_journey(
     ax = upper.subplots(1, 4, width_ratios=[1, 1, 1.5, 1.5])
     show_picture(ax[0], picture, "1 the picture")
     low, high = pixels.min(), pixels.max()
-    show_picture(ax[1], ((pixels - low) / (high - low)).permute(1, 2, 0).numpy(), f"2 pixels {tuple(pixels.shape)}", grid)
+    show_picture(
+        ax[1], ((pixels - low) / (high - low)).permute(1, 2, 0).numpy(), f"2 pixels {tuple(pixels.shape)}", grid
+    )
     for panel, values, title in [(ax[2], patches, "3 patch features"), (ax[3], projected, "4 projected")]:
         limit = values.abs().quantile(0.98).item()
         panel.imshow(values.T, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         panel.set(title=f"{title} {tuple(values.shape)}", xlabel="patch", ylabel="channel")
     boxes = [text for i, text in enumerate(prompt) if i == 0 or text != prompt[i - 1] or "<image>" not in text]
     colours = [SKY if "<image>" in text else ORANGE for text in boxes]
-    show_tokens(middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors, blue: the patches")
+    show_tokens(
+        middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors, blue: the patches"
+    )
     left, right = lower.subplots(1, 2, width_ratios=[1.6, 1])
     bars(left, words, probabilities, "6 the decoder's next word: probabilities", marked=0)
     left.set_xlim(0, 1.15)

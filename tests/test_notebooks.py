@@ -92,7 +92,9 @@ def test_runs_and_says_what_is_stored_and_its_exercises_tell_right_from_wrong(pa
     for stored, now in cells:
         if stored.cell_type != "code" or "varies" in tags(stored):
             continue
-        assert same(said(stored), said(now)), f"in the cell\n{stored.source}\n\n{said(stored)}\n\nhas become\n\n{said(now)}"
+        assert same(said(stored), said(now)), (
+            f"in the cell\n{stored.source}\n\n{said(stored)}\n\nhas become\n\n{said(now)}"
+        )
         pictures = [sum("image/png" in o.get("data", {}) for o in cell.outputs) for cell in (stored, now)]
         assert pictures[0] == pictures[1], f"stored and new figures of\n{stored.source}"
 

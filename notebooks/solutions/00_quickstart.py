@@ -31,8 +31,8 @@ def likeliest(picture, question: str, k: int) -> list[tuple[str, float]]:
 
 
 # %% exercise 3
-# `torch.cat` makes a new tensor, so the caller's stays as it is. The pixels are needed at every step: without a cache the
-# whole sequence is computed anew, picture and all.
+# `torch.cat` makes a new tensor, so the caller's stays as it is. The pixels are needed at every step: without a cache
+# the whole sequence is computed anew, picture and all.
 def write(inputs, limit: int) -> list[int]:
     """The model's inputs (`input_ids`, `pixel_values`) -> the ids of the answer, `</s>` included if it comes."""
     ids, answer = inputs.input_ids, []

@@ -16,8 +16,8 @@ def patch_at(x: int, y: int) -> int:
 
 
 # %% exercise 2
-# The parameter is one tensor: set it to zero, and put it back whatever happens. (A hook on `tower.embeddings` that takes
-# the positions away again would do as well.)
+# The parameter is one tensor: set it to zero, and put it back whatever happens. (A hook on `tower.embeddings` that
+# takes the positions away again would do as well.)
 def without_positions(pixels: torch.Tensor) -> torch.Tensor:
     """(N, 3, 96, 96) -> (N, P, Dv)"""
     weight = tower.embeddings.position_embedding.weight
@@ -46,8 +46,8 @@ def without_positions(pixels: torch.Tensor) -> torch.Tensor:
 
 
 # %% exercise 3
-# The heads lie side by side in what goes into out_proj: 32 channels each. What a pre-hook returns takes the place of the
-# input.
+# The heads lie side by side in what goes into out_proj: 32 channels each. What a pre-hook returns takes the place of
+# the input.
 def without_head(pixels: torch.Tensor, layer: int, head: int) -> torch.Tensor:
     """(N, 3, 96, 96) -> (N, P, Dv); layer and head are counted from 0."""
     attention = tower.encoder.layers[layer].self_attn

@@ -56,6 +56,6 @@ def splice(input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     embeddings = model.language_model.model.embed_tokens(input_ids).clone()
     for row, ids in enumerate(input_ids):
         places = (ids == tokenizer.image_token_id).nonzero()[:, 0]
-        for picture, first in enumerate(places[:: features.shape[1]].tolist()):
+        for first in places[:: features.shape[1]].tolist():
             embeddings[row, first : first + features.shape[1]] = features[row]
     return embeddings
