@@ -185,11 +185,9 @@ def rope_frequencies(config: LlamaConfig) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape.
-
-    The first half of `sin` is negative, for the second channel of each pair is subtracted from the first.
-    """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    """Turns channel i of each head together with channel i + Dh / 2: (B, H, T, Dh) -> the same shape."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class KVCache:
@@ -338,8 +336,7 @@ class LlamaModel(nn.Module):
         positions = torch.arange(start, start + length, device=x.device)  # (T,)
         if padding is not None:
             positions = (positions - padding[:, None]).clamp(min=0)[:, None]  # (B, 1, T): from the first real token
-        frequencies = self.frequencies.to(x.device)
-        angles = positions[..., None] * torch.cat([-frequencies, frequencies])  # (T, Dh) or (B, 1, T, Dh)
+        angles = positions[..., None] * self.frequencies.to(x.device).repeat(2)  # (T, Dh) or (B, 1, T, Dh)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = causal_mask(length, start, padding, x.device)
         for layer in self.layers:

@@ -21,7 +21,7 @@ def decoder_parameters_of(config):
 # %% exercise 2
 def most_rows(config, free, tokens=1000):
     """LlamaConfig and bytes -> rows of the largest batch."""
-    left = free - weight_bytes(on_meta(config), torch.bfloat16)
+    left = free - weight_bytes(on_meta(config, torch.bfloat16))
     per_row = tokens * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     return max(0, int(left // per_row))
 
@@ -29,7 +29,7 @@ def most_rows(config, free, tokens=1000):
 # %% exercise 2, wrong
 def most_rows(config, free, tokens=1000):
     """Keys alone: the values take as much again."""
-    left = free - weight_bytes(on_meta(config), torch.bfloat16)
+    left = free - weight_bytes(on_meta(config, torch.bfloat16))
     per_row = tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
     return max(0, int(left // per_row))
 
