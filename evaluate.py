@@ -262,7 +262,7 @@ def answer_questions(
     prompts, pictures = [], []
     for question in questions:
         prompt = question["prompt"]
-        turns = [*map(tuple, question["history"]), (prompt, None)]
+        turns = [*map(tuple, question.get("history", [])), (prompt, None)]
         if question.get("image"):
             pictures.append(load_image(str(images / question["image"])))
             first = turns[0][0]

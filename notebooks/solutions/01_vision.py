@@ -36,15 +36,6 @@ def without_positions(pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels) - tower.embeddings.position_embedding.weight[1:]
 
 
-# %% exercise 2, wrong: not put back
-def without_positions(pixels: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 96, 96) -> (N, P, Dv)"""
-    global kept
-    kept = tower.embeddings.position_embedding.weight.clone()
-    tower.embeddings.position_embedding.weight.zero_()
-    return tower(pixels)
-
-
 # %% exercise 3
 # The heads lie side by side in what goes into out_proj: 32 channels each. What a pre-hook returns takes the place of
 # the input.
