@@ -10,8 +10,8 @@ often, and the same command line goes on from there with the numbers that it wou
 
 The tower is CLIP's (arXiv 2103.00020): its CLS of the last layer and the last token of a caption in a small text
 encoder have to find one another among the pairs of a batch. Half of the pairs are near twins, which differ in shape or
-place. But contrast asks nothing of the patches, which are all that LLaVA reads. So beside it, and thrown away afterwards,
-a small decoder has to write the caption from the patch features of LLaVA's layer, as in CoCa (arXiv 2205.01917).
+place. But contrast asks nothing of the patches, which are all that LLaVA reads. So beside it, and thrown away later, a
+small decoder has to write the caption from the patch features of LLaVA's layer, as in CoCa (arXiv 2205.01917).
 """
 
 import argparse
