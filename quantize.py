@@ -52,10 +52,10 @@ class Int8Linear(nn.Module):
         """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time, to need no second matrix."""
         self.scale = torch.empty(len(weight), device=weight.device)
         self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False)
-        parts = (tensor.split(BLOCK) for tensor in (weight, self.scale, self.weight))
+        parts = (tensor.split(32) for tensor in (weight, self.scale, self.weight))
         for rows, scale, rounded in zip(*parts, strict=True):
             rows = rows.float()
-            scale.copy_(rows.abs().amax(dim=1).clamp_(min=1e-30) / 127)
+            scale.copy_(torch.linalg.vector_norm(rows, torch.inf, dim=1).clamp_(min=1e-30) / 127)
             rounded.copy_(rows.div(scale[:, None]).round_())
 
     def dequantized(self) -> Tensor:
