@@ -12,7 +12,8 @@ from PIL import Image
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a download
 
 import transformers
-from random_checkpoint import randomize, train_tokenizer, write_processor_files
+from pretrain import train_tokenizer
+from random_checkpoint import SENTENCES, randomize, write_processor_files
 
 import llava
 
@@ -77,7 +78,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def tokenizer_file(tmp_path_factory) -> Path:
     """A SentencePiece model with Llama's settings, of 420 pieces."""
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
-    file.write_bytes(train_tokenizer())
+    file.write_bytes(train_tokenizer(SENTENCES, vocab_size=420))
     return file
 
 

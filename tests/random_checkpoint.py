@@ -5,7 +5,6 @@
 The tests are made of such checkpoints, and whoever has no real one can try the command line on it.
 """
 
-import io
 import json
 import math
 import sys
@@ -16,6 +15,9 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
+from pretrain import train_tokenizer
+
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from load import SHARD_BYTES, write_json
 from vision import CLIPVisionConfig
@@ -30,30 +32,10 @@ SENTENCES = [
 ]
 
 
-def train_tokenizer(vocab_size: int = 420) -> bytes:
-    """A SentencePiece BPE with Llama's settings, learned from a few sentences: the bytes of a tokenizer.model."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES),
-        model_writer=model,
-        vocab_size=vocab_size,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=1.0,
-        split_digits=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        add_dummy_prefix=True,
-        minloglevel=2,
-    )
-    return model.getvalue()
-
-
 def write_processor_files(folder: Path, image_size: int, tokenizer_model: bytes | None = None) -> None:
     """Writes the files of tokenizer and image processor as the checkpoints on the hub have them."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer_model = tokenizer_model or train_tokenizer()
+    tokenizer_model = tokenizer_model or train_tokenizer(SENTENCES, vocab_size=420)
     count = len(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
     (folder / "tokenizer.model").write_bytes(tokenizer_model)
     (folder / "added_tokens.json").write_text(json.dumps({"<image>": count, "<pad>": count + 1}))

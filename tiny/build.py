@@ -40,17 +40,17 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer scenes and steps")
     args = parser.parse_args()
     folder, data, test = args.folder, args.folder / "data", args.folder / "test"
-    scenes, tower, decoder, tests = (16_000, 1000, 1000, 400) if args.quick else (64_000, 3000, 3000, 2400)
+    scenes, tower, decoder, tests = (16_000, 1000, 1000, 400) if args.quick else (72_000, 3000, 3000, 2400)
     tiny, train = ROOT / "tiny", ROOT / "train.py"
 
     def finished(name: str) -> bool:
         return (folder / name).exists()
 
-    if not finished("data/conversations.json"):  # written last
-        run(1, [tiny / "make_data.py", "train", "--output", data, "--scenes", scenes, "--seed", SEED])
     run(1, [tiny / "pretrain.py", "tokenizer", "--output", folder])
+    pictures = [tiny / "make_data.py", "train", "--output", data, "--scenes", scenes, "--seed", SEED]
     run(
         1,
+        *([] if finished("data/conversations.json") else [pictures]),  # that file is written last
         [tiny / "pretrain.py", "tower", "--output", folder, "--steps", tower, "--seed", SEED],
         [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", decoder, "--batch", 16, "--seed", SEED],
     )

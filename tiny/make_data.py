@@ -6,7 +6,7 @@
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
 FOLDER/words.json, facts.json    facts about a third and a quarter of them (stage instruct, to learn to look things up)
-FOLDER/conversations.json        two conversations about each of them (stage instruct)
+FOLDER/conversations.json        three conversations about each of them (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
 FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
 FOLDER/unseen*.jsonl             questions about things whose combination of colour and shape no training has shown
@@ -65,7 +65,7 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
         facts = world.ask_facts(scene, rng, 12)
         said["words"].append(entry(i, [(facts.question, facts.short)]))
         said["facts"].append(entry(i, conversation([world.ask_facts(scene, rng, 10)], rng)))
-        said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(2)]
+        said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(3)]
     for name, part in PARTS.items():
         (folder / f"{name}.json").write_text(json.dumps(said[name][: int(part * len(said[name]))]))
 

@@ -21,7 +21,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -60,10 +60,31 @@ def initialised(model: nn.Module) -> nn.Module:
     return model
 
 
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE with Llama's settings, learned from texts: the bytes of a tokenizer.model."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,  # few texts may have fewer pieces
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=1.0,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        add_dummy_prefix=True,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
 def make_tokenizer(folder: Path) -> LlamaTokenizer:
-    """Trains a SentencePiece BPE with Llama's settings on the world's texts, unless the folder has it, and reads it."""
+    """Trains a tokenizer on the world's texts, unless the folder has it, and reads it."""
     if not (folder / "tokenizer.model").exists():
-        texts, model = [], io.BytesIO()
+        texts = []
         for i in range(3000):
             rng = random.Random(f"tokenizer/{i}")
             scene = world.make_scene(rng)
@@ -71,24 +92,10 @@ def make_tokenizer(folder: Path) -> LlamaTokenizer:
             for turn in world.converse(scene, rng, 6):
                 texts += [f"USER: {turn.question} ASSISTANT: {turn.sentence}", f"ASSISTANT: {turn.short}"]
                 texts += [f"?{turn.question}", f"?{SHORT_ANSWER.strip()}"]  # as after a line feed, without a space
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            vocab_size=640,
-            hard_vocab_limit=False,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=1.0,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True,
-            minloglevel=2,
-        )
+        model = train_tokenizer(texts, vocab_size=640)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(model.getvalue())
-        count = len(sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+        (folder / "tokenizer.model").write_bytes(model)
+        count = len(sentencepiece.SentencePieceProcessor(model_proto=model))
         write_json(folder / "added_tokens.json", {"<image>": count, "<pad>": count + 1})
         write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "pad_token": "<pad>"})
     return LlamaTokenizer.from_pretrained(folder)
@@ -203,11 +210,17 @@ class TowerLesson(nn.Module):
         }
 
 
-def lesson(step: int, batch: int, seed: int, tokenizer: LlamaTokenizer) -> tuple[Tensor, list[list[int]]]:
-    """Pictures (N, 3, 96, 96) with captions: half of them scenes, half their near twins."""
-    rng = random.Random(f"tower/{seed}/{step}")
-    scenes = [world.make_scene(rng) for _ in range(batch // 2)]
-    scenes += [world.make_twin(scene, rng) for scene in scenes]
+def lesson(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> tuple[Tensor, list[list[int]]]:
+    """Pictures (N, 3, 96, 96) with captions: half of them scenes, half their near twins.
+
+    In the first part of the training, things are grey or have no particular shape. So shapes and colours are learned
+    apart, and a combination that was never seen is recognised by what it has in common with others. Without that,
+    "red" is taken for evidence against "star" when no star was ever red.
+    """
+    rng = random.Random(f"tower/{args.seed}/{step}")
+    known = world.PLAIN if step < args.steps // 5 else world.KNOWN
+    scenes = [world.make_scene(rng, known=known) for _ in range(args.batch // 2)]
+    scenes += [world.make_twin(scene, rng, known) for scene in scenes]
     captions = [[*tokenizer.encode(world.alt_text(scene)), tokenizer.eos_token_id] for scene in scenes]
     return PICTURES([world.draw(scene, rng) for scene in scenes]), captions
 
@@ -216,7 +229,7 @@ def train_tower(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
     """Writes tower.state."""
     torch.manual_seed(args.seed)
     model = initialised(TowerLesson(tokenizer))
-    fit("tower", model, lambda step: model(*lesson(step, args.batch, args.seed, tokenizer)), args, peak=2e-3)
+    fit("tower", model, lambda step: model(*lesson(step, args, tokenizer)), args, peak=2e-3)
 
 
 # The decoder

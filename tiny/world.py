@@ -26,8 +26,10 @@ COLOURS = {  # well apart also for many of the colour-blind; each drawn in sligh
     "green": (40, 160, 60),
     "blue": (40, 90, 220),
     "purple": (150, 70, 190),
+    "pink": (245, 130, 190),
+    "cyan": (60, 200, 220),
 }
-SHAPES = ["circle", "square", "triangle", "star", "cross"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "heart"]
 SIZES = {"small": (8.0, 9.0), "large": (13.0, 14.0)}  # radius in pixels, from and to
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
 CELLS = [f"{row} {column}" if row != "middle" or column != "centre" else "centre" for row in ROWS for column in COLUMNS]
@@ -35,6 +37,8 @@ COUNTS = ["zero", "one", "two", "three"]
 COMBINATIONS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = [("red", "star"), ("blue", "triangle"), ("yellow", "square")]
 KNOWN = [pair for pair in COMBINATIONS if pair not in HELD_OUT]
+# Only for the first lessons of a tower: shapes without a colour, and colours without a shape
+PLAIN = [("grey", shape) for shape in SHAPES] + [(colour, "blob") for colour in COLOURS]
 SIDE = 96  # pixels
 
 
@@ -66,7 +70,11 @@ Scene = tuple[Thing, ...]  # row by row from the top left, as one reads
 
 
 def make_scene(
-    rng: random.Random, number: int = 0, must: Sequence[tuple[str, str]] = (), distinct: bool = False
+    rng: random.Random,
+    number: int = 0,
+    must: Sequence[tuple[str, str]] = (),
+    distinct: bool = False,
+    known: Sequence[tuple[str, str]] = KNOWN,
 ) -> Scene:
     """Draws a scene.
 
@@ -75,6 +83,7 @@ def make_scene(
         number: of things; 0: one to three, the more the likelier.
         must: combinations of colour and shape that are in it.
         distinct: no colour and no shape twice.
+        known: combinations that the others are chosen from.
     """
     number = number or rng.choices([1, 2, 3], [1, 3, 6])[0]
     # Some scenes are of one colour or one shape, so that "three" is no rare answer to "how many circles".
@@ -83,7 +92,8 @@ def make_scene(
     if must or distinct:
         colour = shape = None
     pairs = list(must)
-    choices = [pair for pair in KNOWN if colour in (None, pair[0]) and shape in (None, pair[1])]
+    choices = [pair for pair in known if colour in (None, pair[0]) and shape in (None, pair[1])]
+    choices = choices if len(choices) >= number else known  # of PLAIN there is but one red one
     while len(pairs) < number:
         pair = rng.choice(choices)
         if pair not in pairs and not (distinct and any(pair[0] == c or pair[1] == s for c, s in pairs)):
@@ -93,27 +103,40 @@ def make_scene(
     return tuple(sorted(things, key=lambda thing: thing.cell))
 
 
-def make_twin(scene: Scene, rng: random.Random) -> Scene:
+def make_twin(scene: Scene, rng: random.Random, known: Sequence[tuple[str, str]] = KNOWN) -> Scene:
     """A scene with the same colours, where shapes or places are others: who tells them apart has looked closely."""
     while True:
         cells = rng.sample(range(9), len(scene)) if rng.random() < 0.5 else [thing.cell for thing in scene]
         things = [
-            Thing(thing.colour, rng.choice(SHAPES), thing.size, cell) for thing, cell in zip(scene, cells, strict=True)
+            Thing(thing.colour, rng.choice([s for c, s in known if c == thing.colour]), thing.size, cell)
+            for thing, cell in zip(scene, cells, strict=True)
         ]
         pairs = {(thing.colour, thing.shape) for thing in things}
-        if len(pairs) == len(things) and not pairs & set(HELD_OUT) and set(things) != set(scene):
+        if len(pairs) == len(things) and set(things) != set(scene):
             return tuple(sorted(things, key=lambda thing: thing.cell))
 
 
-def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:
-    """The corners of a shape around (x, y) that is not a circle."""
+def outline(shape: str, x: float, y: float, radius: float, rng: random.Random) -> list[tuple[float, float]]:
+    """The corners of a shape around (x, y) that is not a circle; only those of a blob are made by chance."""
     if shape == "square":
         r = 0.88 * radius
         return [(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)]
+    if shape == "diamond":
+        return [(x, y - radius), (x + 0.8 * radius, y), (x, y + radius), (x - 0.8 * radius, y)]
+    if shape == "heart":
+        corners = []
+        for i in range(24):
+            sine, cosines = math.sin(math.pi * i / 12), [math.cos(k * math.pi * i / 12) for k in (1, 2, 3, 4)]
+            height = (13 * cosines[0] - 5 * cosines[1] - 2 * cosines[2] - cosines[3]) / 16
+            corners.append((x + radius * sine**3, y - radius * height))
+        return corners
     if shape == "cross":
         a, b = 0.36 * radius, radius
         around = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a)]
         return [(x + dx, y + dy) for dx, dy in [*around, (-a, -a)]]
+    if shape == "blob":
+        ends = [(rng.uniform(0.5, 1.1) * radius, math.pi * (i + rng.uniform(-0.3, 0.3)) / 4) for i in range(8)]
+        return [(x + r * math.cos(angle), y + r * math.sin(angle)) for r, angle in ends]
     points, inner = (3, 0.55) if shape == "triangle" else (5, 0.42)
     corners = []
     for i in range(2 * points):
@@ -135,12 +158,16 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     for thing in scene:
         x, y = (32 * place + 16 + rng.uniform(-2, 2) for place in (thing.column, thing.row))
         radius = rng.uniform(*SIZES[thing.size])
-        tint = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in COLOURS[thing.colour])
+        if thing.colour == "grey":  # any, from black to white, that stands out from the ground
+            colour = [rng.choice([level for level in range(256) if abs(level - base) > 70])] * 3
+        else:
+            colour = COLOURS[thing.colour]
+        tint = tuple(min(255, max(0, value + rng.randint(-15, 15))) for value in colour)
         if thing.shape == "circle":
             box = [fine * value for value in (x - radius, y - radius, x + radius, y + radius)]
             pen.ellipse(box, fill=tint)
         else:
-            pen.polygon([(fine * a, fine * b) for a, b in outline(thing.shape, x, y, radius)], fill=tint)
+            pen.polygon([(fine * a, fine * b) for a, b in outline(thing.shape, x, y, radius, rng)], fill=tint)
     return picture.reduce(fine)
 
 
