@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer scenes and steps")
     args = parser.parse_args()
     folder, data, test = args.folder, args.folder / "data", args.folder / "test"
-    scenes, tower, decoder, tests = (16_000, 1000, 1000, 400) if args.quick else (72_000, 3000, 3000, 2400)
+    scenes, tower, decoder, tests = (16_000, 1000, 1000, 400) if args.quick else (72_000, 3000, 1000, 2400)
     tiny, train = ROOT / "tiny", ROOT / "train.py"
 
     def finished(name: str) -> bool:

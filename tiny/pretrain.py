@@ -11,7 +11,8 @@ often, and the same command line goes on from there with the numbers that it wou
 The tower is CLIP's (arXiv 2103.00020): its CLS of the last layer and the last token of a caption in a small text
 encoder have to find one another among the pairs of a batch. Half of the pairs are near twins, which differ in shape or
 place. But contrast asks nothing of the patches, which are all that LLaVA reads. So beside it, and thrown away later, a
-small decoder has to write the caption from the patch features of LLaVA's layer, as in CoCa (arXiv 2205.01917).
+small decoder has to write about the picture from the patch features of LLaVA's layer, as in CoCa (arXiv 2205.01917): a
+caption, or facts such as "circle red", so that what belongs to one thing comes to stand in one place.
 """
 
 import argparse
@@ -181,22 +182,24 @@ class TowerLesson(nn.Module):
         self.from_text = nn.Linear(config.text_config.hidden_size, 128, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
 
-    def forward(self, pixel_values: Tensor, captions: list[list[int]]) -> tuple[Tensor, dict[str, float]]:
-        """Pictures (N, 3, 96, 96) and their captions, from <s> to </s> -> the loss, and its parts."""
+    def forward(
+        self, pixel_values: Tensor, captions: list[list[int]], texts: list[list[int]]
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Pictures (N, 3, 96, 96), their captions, and texts to write, from <s> to </s> -> the loss, and its parts."""
         tower, decoder = self.writer.vision_tower, self.writer.language_model
         before, last = tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
-        ids = padded(captions)  # (N, T)
-        lengths = torch.tensor([len(caption) for caption in captions])
 
-        # Captioning, as LLaVA will do it: the patches of the last layer but one in front, then the words.
+        # Writing, as LLaVA will do it: the patches of the last layer but one in front, then the words.
+        ids = padded(texts)  # (N, T)
         patches = self.writer.multi_modal_projector(before[:, 1:])  # (N, P, D)
         words = decoder.model.embed_tokens(ids)  # (N, T, D)
         hidden = decoder.model(torch.cat([patches, words], dim=1))[:, patches.shape[1] : -1]  # (N, T - 1, D)
-        learned = torch.arange(1, ids.shape[1]) < lengths[:, None]  # (N, T - 1)
+        learned = torch.arange(1, ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]  # (N, T - 1)
         writing = F.cross_entropy(decoder.lm_head(hidden[learned]), ids[:, 1:][learned])
 
         # Contrast, as CLIP does it: which of the captions belongs to which of the pictures?
-        text = self.reader(self.reader.embed_tokens(ids))[torch.arange(len(ids)), lengths - 1]  # (N, D), at </s>
+        ends = torch.tensor([len(caption) - 1 for caption in captions])
+        text = self.reader(self.reader.embed_tokens(padded(captions)))[torch.arange(len(ends)), ends]  # (N, D), at </s>
         a = F.normalize(self.from_picture(tower.post_layernorm(last[:, 0])), dim=-1)  # (N, 128)
         b = F.normalize(self.from_text(text), dim=-1)
         scores = self.log_scale.exp().clamp(max=100) * a @ b.T  # (N, N)
@@ -210,8 +213,10 @@ class TowerLesson(nn.Module):
         }
 
 
-def lesson(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> tuple[Tensor, list[list[int]]]:
-    """Pictures (N, 3, 96, 96) with captions: half of them scenes, half their near twins.
+def lesson(
+    step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """Pictures (N, 3, 96, 96), captions, and texts to write: half of them scenes, half their near twins.
 
     In the first part of the training, things are grey or have no particular shape. So shapes and colours are learned
     apart, and a combination that was never seen is recognised by what it has in common with others. Without that,
@@ -221,8 +226,13 @@ def lesson(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> tu
     known = world.PLAIN if step < args.steps // 5 else world.KNOWN
     scenes = [world.make_scene(rng, known=known) for _ in range(args.batch // 2)]
     scenes += [world.make_twin(scene, rng, known) for scene in scenes]
-    captions = [[*tokenizer.encode(world.alt_text(scene)), tokenizer.eos_token_id] for scene in scenes]
-    return PICTURES([world.draw(scene, rng) for scene in scenes]), captions
+    captions = [world.alt_text(scene) for scene in scenes]
+    texts = [
+        caption if i % 2 else world.ask_facts(scene, rng, 6).short
+        for i, (scene, caption) in enumerate(zip(scenes, captions, strict=True))
+    ]
+    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in captions + texts]
+    return PICTURES([world.draw(scene, rng) for scene in scenes]), ids[: len(scenes)], ids[len(scenes) :]
 
 
 def train_tower(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
