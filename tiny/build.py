@@ -58,8 +58,8 @@ def main() -> None:
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
     stages = [  # stage, from, to, data, samples per step, highest learning rate
         ("align", "base", "aligned", "captions", 32, 2e-3),
-        ("instruct", "aligned", "words", "words", 32, 2e-3),
-        ("instruct", "words", "facts", "facts", 32, 1e-3),
+        ("instruct", "aligned", "words", "words", 16, 2e-3),
+        ("instruct", "words", "facts", "facts", 16, 1e-3),
         ("instruct", "facts", "model", "conversations", 16, 1.5e-3),
     ]
     for stage, source, target, name, batch, rate in stages:

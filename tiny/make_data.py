@@ -5,7 +5,8 @@
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
-FOLDER/words.json, facts.json    facts about a third and a quarter of them (stage instruct, to learn to look things up)
+FOLDER/words.json                facts in words about a third more (stage instruct, to learn to look things up)
+FOLDER/facts.json                facts about a quarter of them, half in sentences (stage instruct)
 FOLDER/conversations.json        three conversations about each of them (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
 FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
@@ -26,7 +27,7 @@ import world
 from tokenizer import SHORT_ANSWER
 
 TURNS = 6  # of a conversation, about
-PARTS = {"captions": 0.1, "words": 0.34, "facts": 0.25, "conversations": 1.0}  # of what there could be
+PARTS = {"captions": 0.1, "facts": 0.25, "conversations": 1.0}  # of what there could be
 
 
 def picture_name(index: int) -> str:
@@ -62,10 +63,16 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
         scene = world.make_scene(rng)
         world.draw(scene, rng).save(folder / picture_name(i))
         said["captions"].append(entry(i, [("", world.caption(scene))]))
-        facts = world.ask_facts(scene, rng, 12)
-        said["words"].append(entry(i, [(facts.question, facts.short)]))
         said["facts"].append(entry(i, conversation([world.ask_facts(scene, rng, 10)], rng)))
         said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(3)]
+    words = []
+    for i in range(scenes, scenes + scenes // 3):  # three things unlike in all: guessing does not pay
+        rng = random.Random(f"train/{seed}/words/{i}")
+        scene = world.make_scene(rng, 3, distinct=True)
+        world.draw(scene, rng).save(folder / picture_name(i))
+        facts = world.ask_facts(scene, rng, 12)
+        words.append(entry(i, [(facts.question, facts.short)]))
+    (folder / "words.json").write_text(json.dumps(words))
     for name, part in PARTS.items():
         (folder / f"{name}.json").write_text(json.dumps(said[name][: int(part * len(said[name]))]))
 

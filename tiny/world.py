@@ -294,8 +294,8 @@ def ask_facts(scene: Scene, rng: random.Random, number: int = 4) -> Turn:
     words, sentences = [], []
     for _ in range(number):
         thing = rng.choice(scene)
-        first, second = rng.sample(["colour", "shape", "position"], 2)
-        second = rng.choice([second, second, "size"])
+        first = rng.choice(["colour", "colour", "shape", "shape", "position"])  # places are easy to look up
+        second = rng.choice([name for name in ("colour", "shape", "position") if name != first] * 2 + ["size"])
         known = {"cell" if first == "position" else first: thing.cell if first == "position" else getattr(thing, first)}
         known = {name: None for name in ("colour", "shape", "size", "cell")} | known
         if sum(fits(other, **known) for other in scene) == 1:
