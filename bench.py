@@ -209,8 +209,9 @@ def machine_limits(shape: str) -> dict[str, float]:
     """For each kind of weights, at best: GB/s of them through products with one row, GFLOP/s of a product with 600.
 
     The matrices are those of the decoder's MLP. Since a decoder does not fit into a CPU's cache, the single row goes
-    through several of them in turn: half a gigabyte, or as many as the decoder has. The 600 rows are computed in the
-    kind of numbers that the CPU has units for, float32 for 16 bits without them, and in 8 bits on both sides for int8.
+    through several of them in turn: half a gigabyte, or as many as the decoder has (of float32 in pieces, or MKL would
+    take one core). The 600 rows are computed in the kind of numbers that the CPU has units for, float32 for 16 bits
+    without them, and in 8 bits on both sides for int8.
     """
     config, limits = SHAPES[shape][1], {}
     width, wide = config.hidden_size, config.intermediate_size
@@ -220,7 +221,10 @@ def machine_limits(shape: str) -> dict[str, float]:
         count = min(3 * config.num_hidden_layers, math.ceil(5e8 / (dtype.itemsize * width * wide)))
         weights = [torch.randint(-127, 128, (wide, width), dtype=torch.int8).to(dtype) for _ in range(count)]
         product = (lambda x, weight: torch._int_mm(x, weight.t())) if kind == "int8" else F.linear
-        rows = [partial(product, x[:1].to(dtype), weight) for weight in weights]
+        if kind == "float32":
+            rows = [partial(torch.bmm, x[:1].expand(16, 1, -1), weight.view(16, -1, width).mT) for weight in weights]
+        else:
+            rows = [partial(product, x[:1].to(dtype), weight) for weight in weights]
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
         limits[f"{kind}: {GB_S}"] = weights[0].nbytes / each / 1e9
         units = dtype if kind == "int8" or computes_in(dtype) else torch.float32

@@ -1,5 +1,6 @@
-"""Small weights: linear layers that store one or two bytes per weight and compute almost as if they stored four.
+"""Linear layers for CPUs: all cores stream the weights, which take four, two or one byte each.
 
+    RowsLinear  weight (out, in) float32
     HalfLinear  weight (out, in) float16 or bfloat16
     Int8Linear  weight (out, in) int8, scale (out,) float32      with the true weight ~ int8 * scale
 
@@ -23,6 +24,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 256  # rows whose intermediate results stay in the CPU's cache
+PIECES = 16  # that a matrix is cut into, for all cores to have some
+
+
+class RowsLinear(nn.Linear):
+    """Weights of float32. MKL multiplies a single row, and any number up to about 16, on one core."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)"""
+        number = x.shape[:-1].numel()  # M
+        if x.device.type != "cpu" or number > 16 or self.out_features % PIECES:
+            return super().forward(x)
+        rows = x.reshape(1, number, self.in_features).expand(PIECES, -1, -1)  # (PIECES, M, in)
+        parts = torch.bmm(rows, self.weight.view(PIECES, -1, self.in_features).mT)  # (PIECES, M, out / PIECES)
+        out = parts.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
 
 
 class HalfLinear(nn.Linear):
@@ -103,14 +119,17 @@ def integer_products() -> bool:
 def compact_linears(model: nn.Module, quantize: str | None, device: torch.device) -> None:
     """Exchanges the linear layers of a model without weights for those above, where that makes it smaller or faster."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    on_cpu = device.type == "cpu"
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if not isinstance(child, nn.Linear) or child.weight in embeddings:
+            if not isinstance(child, nn.Linear):
                 continue
             dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(*shape))
-            elif device.type == "cpu" and dtype != torch.float32 and not computes_in(dtype):
+            elif on_cpu and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
+                setattr(module, name, RowsLinear(*shape))
+            elif on_cpu and dtype != torch.float32 and not computes_in(dtype) and child.weight not in embeddings:
                 setattr(module, name, HalfLinear(*shape, dtype=dtype))
 
 

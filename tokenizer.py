@@ -123,7 +123,7 @@ class LlamaTokenizer:
         """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens have their meaning.
 
         The text is cut at special tokens, and each stretch between them is encoded on its own, with SentencePiece's
-        leading space. That is why a bare "▁" (29871) stands on both sides of the image in a LLaVA prompt.
+        leading space. That is why a bare "▁" (29871) stands behind the image in a LLaVA prompt, where nobody typed one.
 
         Args:
             text: any string; lone surrogates, which UTF-8 cannot hold, become U+FFFD.

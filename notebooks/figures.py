@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -35,6 +35,7 @@ def use_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "image.cmap": AMOUNT,
+            "image.interpolation": "nearest",  # shows pixels as they are, and makes figures a quarter as large
             "lines.linewidth": 2.5,
         }
     )
@@ -57,14 +58,15 @@ def show_heat(
 ) -> AxesImage:
     """One value per patch, as a heat map over a pale picture; the (P,) or (rows, columns) values start at the top left.
 
-    Returns what a colour bar needs. The colours go from 0 to `largest`, or to the largest of the values.
+    Of the picture the coloured things are left, in grey: the more colour, the darker, as one may be as bright as the
+    ground. Returns what a colour bar needs. The colours go from 0 to `largest`, or to the largest of the values.
     """
     values = np.asarray(values, dtype=float)
     rows = round(values.size**0.5)
     values = values.reshape(rows, -1)
     side = picture.width
-    grey = ImageOps.posterize(picture.convert("L"), 4)  # as few tones as make a small notebook
-    ax.imshow(grey, cmap="gray", vmin=-255, vmax=255, extent=(0, side, side, 0))
+    colour = np.ptp(np.asarray(picture), axis=-1) & 0xE0  # (side, side), in as few tones as make a small notebook
+    ax.imshow(colour, cmap="gray_r", vmin=-60, vmax=400, extent=(0, side, side, 0))
     heat = ax.imshow(values, cmap=HEAT, vmin=0, vmax=largest, extent=(0, side, side, 0))
     ax.set_title(title)
     ax.set_axis_off()
@@ -98,9 +100,17 @@ def show_tokens(
         ax.add_patch(plt.Rectangle((column, row), 0.92, 0.8, facecolor=colour, alpha=0.4))
         if framed is not None and framed[i]:
             ax.add_patch(plt.Rectangle((column, row), 0.92, 0.8, fill=False, linewidth=2.5))
-        ax.text(column + 0.46, row + 0.4, token, ha="center", va="center", fontsize=12)
+        size = 12 if max(map(len, token.split("\n"))) * per_row <= 120 else 10
+        ax.text(column + 0.46, row + 0.4, token, ha="center", va="center", fontsize=size)
     ax.set(xlim=(-0.05, per_row), ylim=((len(tokens) - 1) // per_row + 0.9, -0.1), title=title)
     ax.set_axis_off()
+
+
+def mark_spans(ax: Axes, spans: dict[str, tuple[int, int]]) -> None:
+    """Coloured strips below an image with a column for each position: name -> from where, and up to before where."""
+    for (name, (start, end)), colour in zip(spans.items(), [BLUE, ORANGE, VERMILION, SKY], strict=False):
+        ax.axvspan(start - 0.5, end - 0.5, -0.16, -0.04, color=colour, linewidth=0, clip_on=False, label=name)
+    ax.tick_params(axis="x", length=0, pad=18)
 
 
 def show_journey(
@@ -127,8 +137,9 @@ def show_journey(
         limit = values.abs().quantile(0.98).item()
         panel.imshow(values.T, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         panel.set(title=f"{title} {tuple(values.shape)}", xlabel="patch", ylabel="channel")
-    boxes = [text for i, text in enumerate(prompt) if i == 0 or text != prompt[i - 1] or "<image>" not in text]
-    colours = [SKY if "<image>" in text else ORANGE for text in boxes]
+    place = prompt.index("<image>")
+    boxes = [*prompt[:place], f"<image>\nx {len(patches)}", *prompt[place + len(patches) :]]
+    colours = [SKY if i == place else ORANGE for i in range(len(boxes))]
     show_tokens(
         middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors, blue: the patches"
     )

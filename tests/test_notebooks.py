@@ -127,7 +127,9 @@ def test_has_three_exercises_with_checks_solutions_and_wrong_answers(path):
     assert right | wrong <= {re.sub("wrong.*", "wrong", name) for name in solutions(path)}
 
 
-@pytest.mark.parametrize("path", [*NOTEBOOKS, *(ROOT / "notebooks").glob("*.md")], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, ROOT / "README.md", *(ROOT / "notebooks").glob("*.md")], ids=lambda path: path.name
+)
 def test_links_lead_somewhere(path):
     if path.suffix == ".md":
         text = path.read_text()
@@ -138,6 +140,16 @@ def test_links_lead_somewhere(path):
     for target in filter(None, sum(targets, ())):
         if not target.startswith(("http://", "https://", "#")):
             assert (path.parent / target.split("#")[0]).exists(), f"{path.name} has a link to {target}"
+
+
+def test_figures_of_the_readme_are_those_that_the_notebooks_store():
+    from execute import readme_figures  # needs nbclient
+
+    figures = {}
+    for path in NOTEBOOKS:
+        figures |= readme_figures(nbformat.read(path, as_version=4))
+    assert figures == {file.name: file.read_bytes() for file in (ROOT / "notebooks/images").iterdir()}
+    assert all(f"notebooks/images/{name}" in (ROOT / "README.md").read_text() for name in figures)
 
 
 @needs_model

@@ -1,4 +1,4 @@
-"""Layers with weights of one or two bytes compute what their rounded weights say, and take that much less memory."""
+"""Linear layers for CPUs compute what their weights say, rounded or not, and small weights take less memory."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from torch import nn
 
 import quantize
 from llava import KVCache, LlavaForConditionalGeneration
-from quantize import HalfLinear, Int8Linear
+from quantize import HalfLinear, Int8Linear, RowsLinear, compact_linears
 
 
 def make_layer(width_in: int, width_out: int, bias: bool = True) -> tuple[Int8Linear, nn.Linear]:
@@ -58,6 +58,34 @@ def test_weights_of_16_bits_lose_no_more_than_one_row_of_activations_does(widths
     assert y.dtype == dtype
     epsilon = max(torch.finfo(dtype).eps, torch.finfo(weights).eps if len(rows) == rows.count(1) else 0)
     check(f"{weights} layer, {dtype}", y.float(), exact.float()(x.float()), limit=max(epsilon, 1e-6))
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (16,), (17,)], ids=str)
+@pytest.mark.parametrize("widths", [(64, 64), (37, 5), (40, 4112)], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_weights_in_pieces_are_the_weights_as_a_whole(widths, rows, bias, check):
+    exact = make_layer(*widths, bias)[1]
+    ours = RowsLinear(*widths, bias=bias)
+    ours.load_state_dict(exact.state_dict())
+    x = torch.randn(*rows, widths[0], generator=torch.Generator().manual_seed(0))
+    check("float32 layer in pieces", ours(x), exact(x), limit=1e-6)
+
+
+def test_a_layer_in_pieces_can_be_trained():
+    exact, ours = nn.Linear(32, 64), RowsLinear(32, 64)
+    ours.load_state_dict(exact.state_dict())
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    for layer in (exact, ours):
+        layer(x).square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, exact.weight.grad)
+
+
+def test_only_layers_that_are_worth_it_are_exchanged():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"large": nn.Linear(1024, 1024), "small": nn.Linear(1024, 1023)})
+        compact_linears(model, None, torch.device("cpu"))
+    assert [type(layer) for layer in model.values()] == [RowsLinear, nn.Linear]
 
 
 def test_weights_are_rounded_to_the_nearest_of_255_steps():

@@ -4,18 +4,29 @@
     python tiny/build.py --folder BUILD --quick    about half an hour; it learns less
 
 All steps can be stopped at any point: the same command line goes on, and what a finished step has written is kept.
-The trained model is BUILD/model, its scores are BUILD/scores.md.
+The trained model is BUILD/model, its scores are BUILD/scores.md, and BUILD/curves.png shows how the losses fell.
 """
 
 import argparse
+import csv
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 ROOT = Path(__file__).parents[1]
 SEED = 0
+CURVES = {  # what is drawn: a table and its column
+    "tower: writing captions": ("tower.csv", "writing"),
+    "decoder: scenes in words": ("decoder.csv", "loss"),
+    "align: captions": ("aligned/loss.csv", "loss"),
+    "instruct 1: facts in words": ("words/loss.csv", "loss"),
+    "instruct 2: facts in sentences": ("facts/loss.csv", "loss"),
+    "instruct 3: conversations": ("model/loss.csv", "loss"),
+}
 
 
 def run(threads: int, *commands: list[str | Path | int]) -> None:
@@ -31,6 +42,21 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
     if any(failed):
         sys.exit("build.py: a step has failed; when its cause is mended, the same command line goes on from there")
     print(f"build.py: {(time.perf_counter() - start) / 60:.1f} minutes", file=sys.stderr)
+
+
+def draw_curves(folder: Path) -> None:
+    """Draws the losses of all trainings, each as the mean of 20 lines of its table."""
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    for axes, (title, (file, column)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
+        with open(folder / file) as table:
+            rows = list(csv.DictReader(table))
+        steps, losses = ([float(row[name]) for row in rows] for name in ("step", column))
+        size = max(1, min(20, len(rows) // 20))
+        starts = range(0, len(rows) - size + 1, size)
+        axes.plot([steps[i + size - 1] for i in starts], [sum(losses[i : i + size]) / size for i in starts], lw=2)
+        axes.set(title=title, xlabel="step", ylabel="loss per token", yscale="log")
+        axes.grid(alpha=0.3)
+    figure.savefig(folder / "curves.png", dpi=80)
 
 
 def main() -> None:
@@ -70,6 +96,7 @@ def main() -> None:
     if not finished("test/pictures"):
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", tests, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])
+    draw_curves(folder)
 
 
 if __name__ == "__main__":

@@ -43,8 +43,7 @@ def patched(inputs_a, inputs_b, i):
 
     hook = place.register_forward_pre_hook(put)
     try:
-        with torch.no_grad():
-            return model(**inputs_b).logits[0, -1].softmax(-1)
+        return model(**inputs_b).logits[0, -1].softmax(-1)
     finally:
         hook.remove()
 
@@ -58,7 +57,6 @@ def patched(inputs_a, inputs_b, i):
 
     hook = place.register_forward_pre_hook(lambda module, arguments: (stream_a[None], *arguments[1:]))
     try:
-        with torch.no_grad():
-            return model(**inputs_b).logits[0, -1].softmax(-1)
+        return model(**inputs_b).logits[0, -1].softmax(-1)
     finally:
         hook.remove()

@@ -42,7 +42,7 @@ def round_rows(weight):
 
 # %% exercise 3
 def diagnose(errors):
-    """{"vision": (layers, P), "decoder": (layers, T)} -> the name of a mistake, or None."""
+    """{"vision": (layers, 1 + P), "decoder": (layers, T)} -> the name of a mistake, or None."""
     limit = 1e-4
     if errors["vision"].max() > limit:
         return "wrong GELU"

@@ -1,0 +1,121 @@
+"""What each part of the recipe is worth: the same short training without it, beside the whole.
+
+    python tiny/ablate.py --folder BUILD        after build.py; about an hour on two CPU cores
+
+Each variant goes through stage align on all captions and stage instruct on the first conversations, then answers the
+families of questions that such a short training reaches. Stopped, the same command line goes on. The table is
+BUILD/ablations.md.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from build import SEED
+from pretrain import initialised
+from score import percent, read
+
+import evaluate
+import train
+from llava import LlavaForConditionalGeneration
+from load import write_json
+from vision import ACTIVATIONS
+
+CONVERSATIONS = 24_000
+FAMILIES = ["caption", "existence", "count", "size"]
+ACTIVATIONS["linear"] = nn.Identity()  # two linear layers with nothing between them are a linear projector
+
+
+def change_config(**changes: object) -> Callable[[Path], None]:
+    """A variant that differs in entries of config.json."""
+
+    def apply(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        write_json(folder / "config.json", config | changes)
+
+    return apply
+
+
+def forget_tower(folder: Path) -> None:
+    """The variant whose tower has seen nothing."""
+    torch.manual_seed(SEED)
+    model = LlavaForConditionalGeneration.from_pretrained(folder)
+    initialised(model.vision_tower)
+    model.save_pretrained(folder)
+
+
+def no_alignment(folder: Path) -> None:
+    """The variant that begins with stage instruct."""
+
+
+VARIANTS: dict[str, Callable[[Path], None]] = {
+    "the recipe": change_config(),
+    "no alignment stage": no_alignment,
+    "last layer instead of the last but one": change_config(vision_feature_layer=-1),
+    "linear projector instead of an MLP": change_config(projector_hidden_act="linear"),
+    "vision tower untrained": forget_tower,
+}
+
+
+def call(main: Callable[[], None], *arguments: str | Path | int | float) -> None:
+    """Runs a command line of the project in this process, where ACTIVATIONS has one entry more."""
+    sys.argv = [main.__module__, *map(str, arguments)]
+    main()
+
+
+def train_stage(stage: str, source: Path, target: Path, said: Path, images: Path, *options: int | float | str) -> None:
+    """Runs a stage of train.py, unless it has been run."""
+    if not (target / "loss.png").exists():
+        where = ["--model", source, "--output", target, "--data", said, "--images", images]
+        call(train.main, "--stage", stage, *where, "--system", "", "--seed", SEED, "--micro-batch", 8, *options)
+
+
+def last_loss(folder: Path) -> str:
+    """The mean loss per token of a training's last 50 steps."""
+    losses = [float(line.split(",")[1]) for line in (folder / "loss.csv").read_text().splitlines()[-50:]]
+    return f"{sum(losses) / len(losses):.3f}"
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="ablate.py", description="Trains without one part of the recipe each.")
+    parser.add_argument("--folder", required=True, type=Path, help="the folder that build.py has filled")
+    folder = parser.parse_args().folder
+    data, test, first = folder / "data", folder / "test", folder / "first.json"
+    write_json(first, json.loads((data / "conversations.json").read_text())[:CONVERSATIONS])
+    rows = [f"| {' | '.join(['variant', 'loss, align', 'loss, instruct', *FAMILIES])} |", "| --- " * 7 + "|"]
+    for i, (name, change) in enumerate(VARIANTS.items()):
+        work = folder / "ablations" / str(i)
+        base, aligned, model = work / "base", work / "aligned", work / "model"
+        if not base.exists():
+            shutil.copytree(folder / "base", work / "copy", dirs_exist_ok=True)
+            change(work / "copy")
+            (work / "copy").rename(base)
+        if change is no_alignment:
+            aligned, losses = base, ["none"]
+        else:
+            train_stage("align", base, aligned, data / "captions.json", data, "--batch", 32, "--learning-rate", 2e-3)
+            losses = [last_loss(aligned)]
+        train_stage("instruct", aligned, model, first, data, "--batch", 16, "--learning-rate", 1.5e-3)
+        scores = []
+        for family in FAMILIES:
+            questions, answers = test / f"{family}.jsonl", work / f"{family}.jsonl"
+            asked = ["--model", model, "--questions", questions, "--images", test, "--out", answers, "--short"]
+            call(evaluate.main, *asked, "--metric", "exact", "--system", "", "--batch", 64)
+            texts = {line["question_id"]: line["text"] for line in read(answers)}
+            scores.append(f"{percent([texts[line['question_id']] for line in read(questions)], read(questions)):.1f}")
+        rows.append(f"| {' | '.join([name, *losses, last_loss(model), *scores])} |")
+    table = "\n".join(rows) + "\n"
+    (folder / "ablations.md").write_text(table)
+    print(table, end="")
+
+
+if __name__ == "__main__":
+    main()
