@@ -5,7 +5,7 @@
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
-FOLDER/words.json                facts in words about a third more (stage instruct, to learn to look things up)
+FOLDER/words.json                facts in words about half as many more (stage instruct, to learn to look things up)
 FOLDER/facts.json                facts about a quarter of them, half in sentences (stage instruct)
 FOLDER/conversations.json        three conversations about each of them (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
@@ -27,6 +27,7 @@ import world
 from tokenizer import SHORT_ANSWER
 
 TURNS = 6  # of a conversation, about
+WORDS = 10**6  # the first of their own scenes
 PARTS = {"captions": 0.1, "facts": 0.25, "conversations": 1.0}  # of what there could be
 
 
@@ -66,7 +67,7 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
         said["facts"].append(entry(i, conversation([world.ask_facts(scene, rng, 10)], rng)))
         said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(3)]
     words = []
-    for i in range(scenes, scenes + scenes // 3):  # three things unlike in all: guessing does not pay
+    for i in range(WORDS, WORDS + scenes // 2):  # three things unlike in all: guessing does not pay
         rng = random.Random(f"train/{seed}/words/{i}")
         scene = world.make_scene(rng, 3, distinct=True)
         world.draw(scene, rng).save(folder / picture_name(i))

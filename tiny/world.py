@@ -286,7 +286,7 @@ def ask_details(scene: Scene, rng: random.Random) -> Turn:
 
 
 def ask_facts(scene: Scene, rng: random.Random, number: int = 4) -> Turn:
-    """Facts about single things: "circle red, top left cross", or "The circle is red. The object in the top left ...".
+    """Facts about single things: "circle red, green top left", or "The circle is red. The green object is in the ...".
 
     Hardly anybody would ask this. But what is to be found stands right beside what it is found by, so here looking
     things up by what they are is learned first; without it, the other questions wait very long for that.
@@ -294,13 +294,12 @@ def ask_facts(scene: Scene, rng: random.Random, number: int = 4) -> Turn:
     words, sentences = [], []
     for _ in range(number):
         thing = rng.choice(scene)
-        first = rng.choice(["colour", "colour", "shape", "shape", "position"])  # places are easy to look up
+        first = rng.choice(["colour", "shape"])  # to look up a place is learned without lessons
         second = rng.choice([name for name in ("colour", "shape", "position") if name != first] * 2 + ["size"])
-        known = {"cell" if first == "position" else first: thing.cell if first == "position" else getattr(thing, first)}
-        known = {name: None for name in ("colour", "shape", "size", "cell")} | known
+        known = {"colour": None, "shape": None, "size": None, "cell": None, first: getattr(thing, first)}
         if sum(fits(other, **known) for other in scene) == 1:
             value, says = attribute(second, thing)
-            words.append(f"{attribute(first, thing)[0]} {value}")
+            words.append(f"{known[first]} {value}")
             sentences.append(f"The {phrase(**known)} {says}.")
     if not words:
         return ask_facts(scene, rng, number)
