@@ -85,7 +85,7 @@ def main() -> None:
     stages = [  # stage, from, to, data, samples per step, highest learning rate
         ("align", "base", "aligned", "captions", 32, 2e-3),
         ("instruct", "aligned", "words", "words", 16, 2e-3),
-        ("instruct", "words", "facts", "facts", 16, 1e-3),
+        ("instruct", "words", "facts", "facts", 16, 1.5e-3),
         ("instruct", "facts", "model", "conversations", 16, 1.5e-3),
     ]
     for stage, source, target, name, batch, rate in stages:

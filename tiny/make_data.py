@@ -5,8 +5,8 @@
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
-FOLDER/words.json                facts in words about half as many more (stage instruct, to learn to look things up)
-FOLDER/facts.json                facts about a quarter of them, half in sentences (stage instruct)
+FOLDER/words.json, facts.json    facts in words, and in sentences, about half as many scenes of their own (stage
+                                 instruct, to learn to look things up)
 FOLDER/conversations.json        three conversations about each of them (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
 FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
@@ -28,7 +28,6 @@ from tokenizer import SHORT_ANSWER
 
 TURNS = 6  # of a conversation, about
 WORDS = 10**6  # the first of their own scenes
-PARTS = {"captions": 0.1, "facts": 0.25, "conversations": 1.0}  # of what there could be
 
 
 def picture_name(index: int) -> str:
@@ -58,24 +57,22 @@ def conversation(turns: list[world.Turn], rng: random.Random) -> list[tuple[str,
 
 def make_training(folder: Path, scenes: int, seed: int) -> None:
     """Writes pictures and what is said about them."""
-    said: dict[str, list[dict]] = {name: [] for name in PARTS}
+    said: dict[str, list[dict]] = {name: [] for name in ("captions", "words", "facts", "conversations")}
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
         scene = world.make_scene(rng)
         world.draw(scene, rng).save(folder / picture_name(i))
-        said["captions"].append(entry(i, [("", world.caption(scene))]))
-        said["facts"].append(entry(i, conversation([world.ask_facts(scene, rng, 10)], rng)))
+        said["captions"] += [entry(i, [("", world.caption(scene))])] if i < scenes // 10 else []
         said["conversations"] += [entry(i, conversation(world.converse(scene, rng, TURNS), rng)) for _ in range(3)]
-    words = []
     for i in range(WORDS, WORDS + scenes // 2):  # three things unlike in all: guessing does not pay
         rng = random.Random(f"train/{seed}/words/{i}")
         scene = world.make_scene(rng, 3, distinct=True)
         world.draw(scene, rng).save(folder / picture_name(i))
-        facts = world.ask_facts(scene, rng, 12)
-        words.append(entry(i, [(facts.question, facts.short)]))
-    (folder / "words.json").write_text(json.dumps(words))
-    for name, part in PARTS.items():
-        (folder / f"{name}.json").write_text(json.dumps(said[name][: int(part * len(said[name]))]))
+        words, facts = world.ask_facts(scene, rng, 12), world.ask_facts(scene, rng, 10)
+        said["words"].append(entry(i, [(words.question, words.short)]))
+        said["facts"].append(entry(i, [(facts.question, facts.sentence)]))
+    for name, entries in said.items():
+        (folder / f"{name}.json").write_text(json.dumps(entries))
 
 
 def guess(turn: world.Turn, scene: world.Scene, rng: random.Random) -> str:
