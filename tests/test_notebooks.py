@@ -20,6 +20,15 @@ needs_model = pytest.mark.skipif(
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def tell_the_time(request):
+    """At the end, says how long the notebooks took."""
+    yield
+    if SECONDS:
+        times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in SECONDS.items())
+        request.config.get_terminal_writer().line(f"\n{times}; together {sum(SECONDS.values()):.0f} s")
+
+
 def tags(cell):
     return cell.metadata.get("tags", [])
 
@@ -150,13 +159,3 @@ def test_figures_of_the_readme_are_those_that_the_notebooks_store():
         figures |= readme_figures(nbformat.read(path, as_version=4))
     assert figures == {file.name: file.read_bytes() for file in (ROOT / "notebooks/images").iterdir()}
     assert all(f"notebooks/images/{name}" in (ROOT / "README.md").read_text() for name in figures)
-
-
-@needs_model
-def test_all_together_take_less_than_eight_minutes(capsys):
-    if len(SECONDS) < len(NOTEBOOKS):
-        pytest.skip("only when all notebooks have run before")
-    with capsys.disabled():
-        print("\n" + "".join(f"{name}: {seconds:.0f} s\n" for name, seconds in SECONDS.items()))
-        print(f"all notebooks with their solutions: {sum(SECONDS.values()):.0f} s")
-    assert sum(SECONDS.values()) < 480
