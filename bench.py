@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from check import command_line, free_memory
 from llava import KVCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, peak_memory
 from load import weight_bytes, write_json
-from quantize import compact_linears, computes_in
+from quantize import PIECES, compact_linears, computes_in
 from vision import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -222,7 +222,9 @@ def machine_limits(shape: str) -> dict[str, float]:
         weights = [torch.randint(-127, 128, (wide, width), dtype=torch.int8).to(dtype) for _ in range(count)]
         product = (lambda x, weight: torch._int_mm(x, weight.t())) if kind == "int8" else F.linear
         if kind == "float32":
-            rows = [partial(torch.bmm, x[:1].expand(16, 1, -1), weight.view(16, -1, width).mT) for weight in weights]
+            rows = [
+                partial(torch.bmm, x[:1].expand(PIECES, 1, -1), weight.view(PIECES, -1, width).mT) for weight in weights
+            ]
         else:
             rows = [partial(product, x[:1].to(dtype), weight) for weight in weights]
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count

@@ -122,14 +122,14 @@ def compact_linears(model: nn.Module, quantize: str | None, device: torch.device
     on_cpu = device.type == "cpu"
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if not isinstance(child, nn.Linear):
+            if not isinstance(child, nn.Linear) or child.weight in embeddings:  # a tied head stays as it is
                 continue
             dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(*shape))
             elif on_cpu and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
                 setattr(module, name, RowsLinear(*shape))
-            elif on_cpu and dtype != torch.float32 and not computes_in(dtype) and child.weight not in embeddings:
+            elif on_cpu and dtype != torch.float32 and not computes_in(dtype):
                 setattr(module, name, HalfLinear(*shape, dtype=dtype))
 
 

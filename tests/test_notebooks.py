@@ -1,7 +1,6 @@
 """The notebooks run from top to bottom, print what is stored in them, and their exercises tell right from wrong."""
 
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,11 @@ nbclient = pytest.importorskip("nbclient")
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
-SECONDS: dict[str, float] = {}  # how long each notebook took
 
 needs_model = pytest.mark.skipif(
     not (ROOT / "tiny/model/config.json").exists(), reason="tiny/model, which the notebooks look into, is not there"
 )
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tell_the_time(request):
-    """At the end, says how long the notebooks took."""
-    yield
-    if SECONDS:
-        times = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in SECONDS.items())
-        request.config.get_terminal_writer().line(f"\n{times}; together {sum(SECONDS.values()):.0f} s")
 
 
 def tags(cell):
@@ -85,10 +74,8 @@ def run(path):
                 cells += [trial, check]
     original = [cell for cell in cells if cell.id in {cell.id for cell in stored.cells}]
     notebook.cells = cells
-    begin = time.perf_counter()
     client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}})
     client.execute()
-    SECONDS[path.stem] = time.perf_counter() - begin
     return list(zip(stored.cells, original, strict=True)), checks
 
 

@@ -88,6 +88,14 @@ def test_only_layers_that_are_worth_it_are_exchanged():
     assert [type(layer) for layer in model.values()] == [RowsLinear, nn.Linear]
 
 
+def test_a_large_head_that_is_tied_to_the_embeddings_stays_tied():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"embed_tokens": nn.Embedding(2048, 1024), "lm_head": nn.Linear(1024, 2048, bias=False)})
+        model["lm_head"].weight = model["embed_tokens"].weight
+        compact_linears(model, None, torch.device("cpu"))
+    assert model["lm_head"].weight is model["embed_tokens"].weight
+
+
 def test_weights_are_rounded_to_the_nearest_of_255_steps():
     weight = torch.randn(64, 100, generator=torch.Generator().manual_seed(0))
     layer = Int8Linear(100, 64)
