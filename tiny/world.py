@@ -26,8 +26,10 @@ COLOURS = {  # well apart also for many of the colour-blind; each drawn in sligh
     "green": (40, 160, 60),
     "blue": (40, 90, 220),
     "purple": (150, 70, 190),
+    "pink": (245, 130, 190),
+    "cyan": (60, 200, 220),
 }
-SHAPES = ["circle", "square", "triangle", "star", "cross"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "heart"]
 SIZES = {"small": (8.0, 9.0), "large": (13.0, 14.0)}  # radius in pixels, from and to
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
 CELLS = [f"{row} {column}" if row != "middle" or column != "centre" else "centre" for row in ROWS for column in COLUMNS]
