@@ -39,7 +39,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from check import command_line, free_memory
 from llava import KVCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, peak_memory
 from load import weight_bytes, write_json
-from quantize import PIECES, compact_linears, computes_in
+from quantize import PIECES, compact_linears, computes_in, multiply_bytes, products_of_bytes
 from vision import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -211,26 +211,29 @@ def machine_limits(shape: str) -> dict[str, float]:
     The matrices are those of the decoder's MLP. Since a decoder does not fit into a CPU's cache, the single row goes
     through several of them in turn: half a gigabyte, or as many as the decoder has (of float32 in pieces, or MKL would
     take one core). The 600 rows are computed in the kind of numbers that the CPU has units for, float32 for 16 bits
-    without them, and in 8 bits on both sides for int8.
+    without them. With int8, rows are of 14 bits and so count twice, one time for each of their halves.
     """
     config, limits = SHAPES[shape][1], {}
     width, wide = config.hidden_size, config.intermediate_size
-    x = torch.randn(PROMPT, width)
+    x, halves = torch.randn(PROMPT, width), torch.randint(128, (2 * PROMPT, width), dtype=torch.uint8)
     for kind in KINDS:
         dtype = getattr(torch, kind)
         count = min(3 * config.num_hidden_layers, math.ceil(5e8 / (dtype.itemsize * width * wide)))
         weights = [torch.randint(-127, 128, (wide, width), dtype=torch.int8).to(dtype) for _ in range(count)]
-        product = (lambda x, weight: torch._int_mm(x, weight.t())) if kind == "int8" else F.linear
-        if kind == "float32":
-            rows = [
-                partial(torch.bmm, x[:1].expand(PIECES, 1, -1), weight.view(PIECES, -1, width).mT) for weight in weights
-            ]
+        size, units = weights[0].nbytes, dtype if computes_in(dtype) else torch.float32
+        if kind == "int8" and products_of_bytes():
+            packed, scale = [torch.ops.onednn.qlinear_prepack(weight, None) for weight in weights], torch.ones(wide)
+            rows = [partial(multiply_bytes, halves[:2], weight, scale) for weight in packed]
+            whole = partial(multiply_bytes, halves, packed[0], scale)
+        elif kind == "float32":
+            views = [weight.view(PIECES, -1, width).mT for weight in weights]
+            rows = [partial(torch.bmm, x[:1].expand(PIECES, 1, -1), view) for view in views]
+            whole = partial(F.linear, x, weights[0])
         else:
-            rows = [partial(product, x[:1].to(dtype), weight) for weight in weights]
+            rows = [partial(F.linear, x[:1].to(dtype), weight) for weight in weights]
+            whole = partial(F.linear, x.to(units), weights[0].to(units))
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
-        limits[f"{kind}: {GB_S}"] = weights[0].nbytes / each / 1e9
-        units = dtype if kind == "int8" or computes_in(dtype) else torch.float32
-        whole = partial(product, x.to(units), weights[0].to(units))
+        limits[f"{kind}: {GB_S}"] = size / each / 1e9
         limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(whole, 10)) / 1e9
     return limits
 

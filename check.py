@@ -176,7 +176,7 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
 def why_not_finite(model: nn.Module, dtype: torch.dtype) -> str:
     """A sentence on why the logits of a prompt are NaN or infinite."""
     tensors = [*model.named_parameters(), *model.named_buffers()]  # a buffer is the scale of weights of one byte
-    broken = [name for name, tensor in tensors if not tensor.isfinite().all()]
+    broken = [name for name, tensor in tensors if tensor.dtype != torch.int8 and not tensor.isfinite().all()]
     if broken:
         return f"the weights hold NaN or infinity, in {', '.join(broken[:5])}: download them again"
     return f"the logits are NaN or infinite, though the weights are not: {dtype} is too narrow for them"

@@ -9,11 +9,12 @@ prompt has hundreds of rows and depends on arithmetic. Each layer does both in t
 the place of an `nn.Linear` for inference: the same arguments, names and shapes.
 
 Int8 is symmetric and per output channel: each row of the matrix has the scale that brings its largest weight to 127.
-Only weights are rounded to 8 bits. The CPU's integer products need bytes on both sides, so each activation is split
-into two of them, 15 bits together: x = step * (254 * high + low), where each row of activations has a step of its own.
-The embeddings and the head stay as they are, for the head is the layer where rounding changes answers most.
+Only weights are rounded to 8 bits. The CPU's products of integers need bytes on both sides, so the activations are
+rounded to 14 bits, with a step for each row of them, and their upper and lower 7 bits are multiplied separately. (With
+8 bits each, CPUs without VNNI instructions would overflow, as they add products in pairs, into 16 bits.) Embeddings and
+head stay as they are, for rounding the head changes answers most.
 
-Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 15 bits make
+Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 14 bits make
 superfluous. The choice of kernels is measured, on PyTorch 2.13 and an AMD EPYC with AVX-512 VNNI; bench.py repeats it.
 """
 
@@ -54,7 +55,7 @@ class HalfLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """Weights of one byte."""
+    """Weights of one byte: a tensor (out, in), or on a CPU the same packed by oneDNN for its products of bytes."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -67,53 +68,58 @@ class Int8Linear(nn.Module):
     def load_weight(self, weight: Tensor) -> None:
         """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time, to need no second matrix."""
         self.scale = torch.empty(len(weight), device=weight.device)
-        self.weight = nn.Parameter(torch.empty_like(weight, dtype=torch.int8), requires_grad=False)
-        parts = (tensor.split(32) for tensor in (weight, self.scale, self.weight))
-        for rows, scale, rounded in zip(*parts, strict=True):
+        whole = torch.empty_like(weight, dtype=torch.int8)
+        for rows, scale, rounded in zip(weight.split(32), self.scale.split(32), whole.split(32), strict=True):
             rows = rows.float()
             scale.copy_(torch.linalg.vector_norm(rows, torch.inf, dim=1).clamp_(min=1e-30) / 127)
             rounded.copy_(rows.div(scale[:, None]).round_())
+        packs = weight.device.type == "cpu" and products_of_bytes()
+        whole = torch.ops.onednn.qlinear_prepack(whole, None) if packs else whole
+        self.weight = nn.Parameter(whole, requires_grad=False)
 
     def dequantized(self) -> Tensor:
         """The weight matrix (out, in) that the layer computes with, float32."""
-        return self.weight.float() * self.scale[:, None]
+        weight = self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
+        return weight.float() * self.scale[:, None]
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if x.device.type != "cpu" or self.weight.shape[1] == 1 or not integer_products():  # slower, and right anywhere
+        if not self.weight.is_mkldnn:
             kind = torch.float32 if x.device.type == "cpu" else x.dtype
-            parts = zip(self.weight.split(4 * BLOCK), self.scale.split(4 * BLOCK), strict=True)
-            parts = [F.linear(x.to(kind), (part * scale[:, None]).to(kind)) for part, scale in parts]
-            out = torch.cat(parts, dim=-1)
+            out = F.linear(x.to(kind), self.dequantized().to(kind))
             return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
-        out = rows.new_empty(len(rows), len(self.weight))
+        out = rows.new_empty(len(rows), len(self.scale))
         for some, result in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
-            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / (127 * 254)  # (M, 1)
-            low = some / step
-            high = (low / 254).round_()
-            low.sub_(high, alpha=254).round_()
-            both = torch.cat([high.to(torch.int8), low.to(torch.int8)])
-            high, low = self.product(both).float().chunk(2)
-            torch.mul(low.add_(high, alpha=254).mul_(step), self.scale, out=result)
+            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1)
+            bits = (some / step).add_(64 * 128 + 64 + 0.5).to(torch.int16)  # .5: to the nearest; 14 bits, none negative
+            halves = torch.cat([(bits >> 7).to(torch.uint8), (bits & 127).to(torch.uint8)])
+            high, low = multiply_bytes(halves, self.weight, self.scale).split(len(some))[:2]
+            torch.add(low, high, alpha=128, out=result).mul_(step)
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], -1)
 
-    def product(self, both: Tensor) -> Tensor:
-        """(2 M, in) int8 -> (2 M, out) int32, the way that reads the weights fastest for so many rows."""
-        if len(both) == 2:  # only a single row streams; what it read is in the cache when the second one comes
-            parts = [[torch._int_mm(row[None], weight.t()) for row in both] for weight in self.weight.split(4096)]
-            return torch.cat([torch.cat(part) for part in parts], dim=1)
-        if len(both) <= 2 * BLOCK // 4:  # with the weights on the left, they need not be rearranged first
-            return torch._int_mm(self.weight, both.t()).t()
-        return torch._int_mm(both, self.weight.t())
+
+def multiply_bytes(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """Rows (M, in) of bytes below 128, less 64, times a packed matrix (out, in) times scale (out,) -> (M, out) float32.
+
+    Two rows come back as four: oneDNN's kernel for four is the faster one.
+    """
+    if len(rows) == 2:
+        rows = torch.cat([rows, rows])
+    kernel, zero = torch.ops.onednn.qlinear_pointwise, torch.zeros(1, dtype=torch.int32)
+    return kernel(rows, 1.0, 64, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
 
 
 @functools.cache
-def integer_products() -> bool:
-    """Whether this CPU's integer products are exact: without VNNI instructions, sums of two are cut off at 2**15."""
-    large = torch.full((64, 64), 127, dtype=torch.int8)
-    return all(bool((torch._int_mm(large[:rows], large) == 64 * 127**2).all()) for rows in (1, 64))
+def products_of_bytes() -> bool:
+    """Whether oneDNN multiplies bytes exactly here: on x86, which is where it has been tried, it does."""
+    weight, rows = torch.full((64, 64), 127, dtype=torch.int8), torch.full((4, 64), 127, dtype=torch.uint8)
+    try:
+        product = multiply_bytes(rows, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64))
+    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN, or a CPU that has no such kernel
+        return False
+    return bool((product == 64 * 127 * 63).all())
 
 
 def compact_linears(model: nn.Module, quantize: str | None, device: torch.device) -> None:
