@@ -9,6 +9,7 @@ from pathlib import Path
 
 import make_data
 import pytest
+import score
 import torch
 import world
 from PIL import Image
@@ -109,6 +110,12 @@ def test_a_followup_cannot_be_answered_from_its_own_words_or_the_first_question(
         first, second = world.ask_followup(scene, rng)
         assert second.short not in first.question and second.short not in second.question
         assert second.short != first.short
+
+
+def test_the_share_that_questions_give_away_alone_is_that_of_answers_to_the_same_words():
+    answers = [("Which?", "a"), ("Which?", "a"), ("How?", "b"), ("How?", "b"), ("Which?", "a"), ("Why?", "c")]
+    lines = [{"text": text, "answer": answer} for text, answer in answers]
+    assert score.question_alone(lines) == ["a", "a", "b", "b", "a", "a"]
 
 
 # The model

@@ -1,10 +1,9 @@
 """What each part of the recipe is worth: the same short training without it, beside the whole.
 
-    python tiny/ablate.py --folder BUILD        after build.py; about an hour on two CPU cores
+    python tiny/ablate.py --folder BUILD        after build.py; about half an hour on two CPU cores
 
-Each variant goes through stage align on all captions and stage instruct on the first conversations, then answers the
-families of questions that such a short training reaches. Stopped, the same command line goes on. The table is
-BUILD/ablations.md.
+Each variant goes through stage align on all captions and stage instruct on the first lists of facts and the first
+conversations, then answers questions. Stopped, the same command line goes on. The table is BUILD/ablations.md.
 """
 
 import argparse
@@ -28,8 +27,8 @@ from llava import LlavaForConditionalGeneration
 from load import write_json
 from vision import ACTIVATIONS
 
-CONVERSATIONS = 24_000
-FAMILIES = ["caption", "existence", "count", "size"]
+LISTS, CONVERSATIONS = 16_000, 8_000  # of 36,000 and 216,000
+FAMILIES = ["colour", "shape", "size", "position"]
 ACTIVATIONS["linear"] = nn.Identity()  # two linear layers with nothing between them are a linear projector
 
 
@@ -79,7 +78,7 @@ def train_stage(stage: str, source: Path, target: Path, said: Path, images: Path
 
 def last_loss(folder: Path) -> str:
     """The mean loss per token of a training's last 50 steps."""
-    losses = [float(line.split(",")[1]) for line in (folder / "loss.csv").read_text().splitlines()[-50:]]
+    losses = [float(line.split(",")[1]) for line in (folder / "loss.csv").read_text().splitlines()[1:][-50:]]
     return f"{sum(losses) / len(losses):.3f}"
 
 
@@ -88,12 +87,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="ablate.py", description="Trains without one part of the recipe each.")
     parser.add_argument("--folder", required=True, type=Path, help="the folder that build.py has filled")
     folder = parser.parse_args().folder
-    data, test, first = folder / "data", folder / "test", folder / "first.json"
-    write_json(first, json.loads((data / "conversations.json").read_text())[:CONVERSATIONS])
-    rows = [f"| {' | '.join(['variant', 'loss, align', 'loss, instruct', *FAMILIES])} |", "| --- " * 7 + "|"]
+    data, test = folder / "data", folder / "test"
+    for name, number in [("words", LISTS), ("conversations", CONVERSATIONS)]:
+        write_json(folder / f"first_{name}.json", json.loads((data / f"{name}.json").read_text())[:number])
+    rows = [f"| {' | '.join(['variant', 'loss, align', 'loss, words', 'loss, conversations', *FAMILIES])} |"]
+    rows.append("| --- " * 8 + "|")
     for i, (name, change) in enumerate(VARIANTS.items()):
         work = folder / "ablations" / str(i)
-        base, aligned, model = work / "base", work / "aligned", work / "model"
+        base, aligned, words, model = (work / stage for stage in ("base", "aligned", "words", "model"))
         if not base.exists():
             shutil.copytree(folder / "base", work / "copy", dirs_exist_ok=True)
             change(work / "copy")
@@ -103,7 +104,9 @@ def main() -> None:
         else:
             train_stage("align", base, aligned, data / "captions.json", data, "--batch", 32, "--learning-rate", 2e-3)
             losses = [last_loss(aligned)]
-        train_stage("instruct", aligned, model, first, data, "--batch", 16, "--learning-rate", 1.5e-3)
+        said = folder / "first_words.json", folder / "first_conversations.json"
+        train_stage("instruct", aligned, words, said[0], data, "--batch", 16, "--learning-rate", 2e-3)
+        train_stage("instruct", words, model, said[1], data, "--batch", 16, "--learning-rate", 1.5e-3)
         scores = []
         for family in FAMILIES:
             questions, answers = test / f"{family}.jsonl", work / f"{family}.jsonl"
@@ -111,7 +114,7 @@ def main() -> None:
             call(evaluate.main, *asked, "--metric", "exact", "--system", "", "--batch", 64)
             texts = {line["question_id"]: line["text"] for line in read(answers)}
             scores.append(f"{percent([texts[line['question_id']] for line in read(questions)], read(questions)):.1f}")
-        rows.append(f"| {' | '.join([name, *losses, last_loss(model), *scores])} |")
+        rows.append(f"| {' | '.join([name, *losses, last_loss(words), last_loss(model), *scores])} |")
     table = "\n".join(rows) + "\n"
     (folder / "ablations.md").write_text(table)
     print(table, end="")

@@ -5,8 +5,8 @@
 
 For each family of questions: how often the answer is exactly right (evaluate.py's metric "exact"), in one word and as a
 sentence; the same when the model is shown another scene's picture ("blind"); what a guesser reaches who names a random
-thing of the right scene; and the answer that is most often right. The answers are written into TEST/answers and are not
-asked for again.
+thing of the right scene; the answer that is most often right to the same words ("question alone"); and the one that is
+most often right of all. The model's answers are written into TEST/answers and are not asked for again.
 """
 
 import argparse
@@ -54,6 +54,19 @@ def percent(texts: list[str], lines: list[dict]) -> float:
     return 100 * sum(exact_match(text, [line["answer"]]) for text, line in zip(texts, lines, strict=True)) / len(lines)
 
 
+def question_alone(lines: list[dict]) -> list[str]:
+    """For each question, the commonest answer to the same words in the other half, or else to all questions there."""
+    guesses = [""] * len(lines)
+    for half in (0, 1):
+        answers: dict[str | None, collections.Counter] = collections.defaultdict(collections.Counter)
+        for line in lines[1 - half :: 2]:
+            answers[line["text"]][line["answer"]] += 1
+            answers[None][line["answer"]] += 1
+        common = {text: counted.most_common(1)[0][0] for text, counted in answers.items()}
+        guesses[half::2] = [common.get(line["text"], common[None]) for line in lines[half::2]]
+    return guesses
+
+
 def main() -> None:
     """Prints the table of the model card."""
     parser = argparse.ArgumentParser(prog="score.py", description="Scores the built-in model on drawn scenes.")
@@ -63,25 +76,28 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.test / "answers"
     folder.mkdir(exist_ok=True)
-    rows = ["| family | questions | form | right | blind | random thing | always the same |", "| --- " * 7 + "|"]
+    rows = ["| family | questions | form | right | blind | random thing | question alone | always the same |"]
+    rows.append("| --- " * 8 + "|")
     for name in NAMES:
         for form in ("short", "sentence"):
             stem = name if form == "short" else f"{name}-sentence"
             questions = args.test / f"{stem}.jsonl"
             lines = read(questions)
             seen = ask(args.model, questions, args.test, folder / f"{stem}.jsonl", form == "short")
-            blinded = blindfold(questions, folder / f"{stem}-blind-questions.jsonl")
-            blind = ask(args.model, blinded, args.test, folder / f"{stem}-blind.jsonl", form == "short")
+            others = blindfold(questions, folder / f"{stem}-blind-questions.jsonl")
+            blind = ask(args.model, others, args.test, folder / f"{stem}-blind.jsonl", form == "short")
             answer, often = collections.Counter(line["answer"] for line in lines).most_common(1)[0]
             guessed = f"{percent([line['guess'] for line in lines], lines):.1f}" if form == "short" else ""
+            shares = [*(percent(texts, lines) for texts in (blind, question_alone(lines))), 100 * often / len(lines)]
+            blinded, alone, same = (f"{share:.1f}" for share in shares)
             rows.append(
-                f"| {name} | {len(lines)} | {form} | **{percent(seen, lines):.1f}** | {percent(blind, lines):.1f} "
-                f"| {guessed} | {100 * often / len(lines):.1f} ({answer if len(answer) < 20 else '...'}) |"
+                f"| {name} | {len(lines)} | {form} | **{percent(seen, lines):.1f}** | {blinded} | {guessed} | {alone} "
+                f"| {same} ({answer if len(answer) < 20 else '...'}) |"
             )
             if name == "existence":
                 truth = [["yes" if line["answer"].lower().startswith("yes") else "no"] for line in lines]
                 f1 = METRICS["pope"](list(zip(seen, truth, strict=True)))["F1"]
-                rows.append(f"| existence as POPE, F1 | {len(lines)} | {form} | **{f1:.3f}** | | | |")
+                rows.append(f"| existence as POPE, F1 | {len(lines)} | {form} | **{f1:.3f}** | | | | |")
             print(rows[-1], file=sys.stderr)
     table = "\n".join(rows) + "\n"
     print(table, end="")
