@@ -15,7 +15,7 @@ rounded to 14 bits, with a step for each row of them, and their upper and lower 
 head stay as they are, for rounding the head changes answers most.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 14 bits make
-superfluous. The choice of kernels is measured, on PyTorch 2.13 and an AMD EPYC with AVX-512 VNNI; bench.py repeats it.
+superfluous. The kernels were chosen by measuring, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI.
 """
 
 import functools
@@ -47,7 +47,7 @@ class HalfLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if x.device.type != "cpu" or x.shape[:-1].numel() == 1:  # a single row: as fast as memory allows
+        if x.device.type != "cpu" or x.shape[:-1].numel() == 1:  # a single row: half the bytes to read
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
         rows = x.float()
         out = torch.cat([F.linear(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)], dim=-1)
@@ -82,6 +82,7 @@ class Int8Linear(nn.Module):
         weight = self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
         return weight.float() * self.scale[:, None]
 
+    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
         if not self.weight.is_mkldnn:
@@ -126,6 +127,7 @@ def compact_linears(model: nn.Module, quantize: str | None, device: torch.device
     """Exchanges the linear layers of a model without weights for those above, where that makes it smaller or faster."""
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     on_cpu = device.type == "cpu"
+    with_mkl = on_cpu and torch.backends.mkl.is_available()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if not isinstance(child, nn.Linear) or child.weight in embeddings:  # a tied head stays as it is
@@ -133,10 +135,10 @@ def compact_linears(model: nn.Module, quantize: str | None, device: torch.device
             dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(*shape))
-            elif on_cpu and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
-                setattr(module, name, RowsLinear(*shape))
             elif on_cpu and dtype != torch.float32 and not computes_in(dtype):
                 setattr(module, name, HalfLinear(*shape, dtype=dtype))
+            elif with_mkl and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
+                setattr(module, name, RowsLinear(*shape))
 
 
 def computes_in(dtype: torch.dtype) -> bool:
