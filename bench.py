@@ -5,8 +5,9 @@
 A checkpoint with random weights in float16, as those of the hub are, is made in a temporary folder. Each contender
 loads it in a process of its own, several times and in turn, so that a machine that slows down slows down all of them.
 What the machine can do at best is measured in the same turns: how fast products with a single row stream weights (a
-token of an answer) and how fast one with 600 rows computes (a prompt with an image). In every process a whole prompt
-goes through the model before anything is timed, since first calls read mapped weights, take memory and choose kernels.
+token of an answer) and how fast one with 600 rows computes (a prompt with an image). In every process, behind
+the loading, a whole prompt goes through the model before anything is timed, since first calls read mapped weights, take
+memory and choose kernels.
 
 Nothing here judges: there are medians, the least and the most, and what share that is of what the machine can do.
 """
@@ -178,7 +179,8 @@ def measure(name: str, table: str | None, shape: str, folder: str, tokens: int) 
         if project != "llama.cpp":
             figures[VISION] = statistics.median(seconds(lambda: model.get_image_features(pixels), 3))
         figures[FIRST], figures[SPEED] = answer(prompt(), tokens)
-        figures[MEMORY] = float(peak_memory(torch.device("cpu")).removesuffix(" GB").replace("unknown", "nan"))
+        if (peak := peak_memory(torch.device("cpu"))) != "unknown":
+            figures[MEMORY] = float(peak.removesuffix(" GB"))
         return figures
     if table == "context":
         found = {length: answer(prompt(length), tokens) for length in CONTEXTS}
@@ -211,7 +213,7 @@ def machine_limits(shape: str) -> dict[str, float]:
     The matrices are those of the decoder's MLP. Since a decoder does not fit into a CPU's cache, the single row goes
     through several of them in turn: half a gigabyte, or as many as the decoder has (of float32 in pieces, or MKL would
     take one core). The 600 rows are computed in the kind of numbers that the CPU has units for, float32 for 16 bits
-    without them. With int8, rows are of 14 bits and so count twice, one time for each of their halves.
+    without them. With int8 a row of 14 bits is multiplied as two of 7, and counts once.
     """
     config, limits = SHAPES[shape][1], {}
     width, wide = config.hidden_size, config.intermediate_size
@@ -230,7 +232,8 @@ def machine_limits(shape: str) -> dict[str, float]:
             rows = [partial(torch.bmm, x[:1].expand(PIECES, 1, -1), view) for view in views]
             whole = partial(F.linear, x, weights[0])
         else:
-            rows = [partial(F.linear, x[:1].to(dtype), weight) for weight in weights]
+            few = x[:1].to(dtype if dtype.is_floating_point else units)
+            rows = [lambda weight=weight, few=few: F.linear(few, weight.to(few.dtype)) for weight in weights]
             whole = partial(F.linear, x.to(units), weights[0].to(units))
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
         limits[f"{kind}: {GB_S}"] = size / each / 1e9
@@ -393,8 +396,8 @@ def main() -> None:
     add("--json", type=Path, metavar="FILE", help="write all figures to a file, too")
     add("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rounds < 1 or args.tokens < 2:
-        parser.error("--rounds must be 1 or more, and --tokens 2 or more")
+    if args.rounds < 1 or not 2 <= args.tokens <= 400:  # the contexts leave room for so many
+        parser.error("--rounds must be 1 or more, and --tokens from 2 to 400")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the weights are deleted then, too
     job = args.measure and json.loads(args.measure)
     command_line("bench.py", lambda: print(json.dumps(measure(*job))) if job else run(args))
