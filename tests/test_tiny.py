@@ -1,13 +1,16 @@
 """The built-in model and the small world that it knows: honest data, and answers that come from the picture."""
 
 import collections
+import itertools
 import json
 import random
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import make_data
+import pretrain
 import pytest
 import score
 import torch
@@ -16,7 +19,7 @@ from PIL import Image
 
 import evaluate
 from llava import LlavaForConditionalGeneration, LlavaProcessor
-from tokenizer import SHORT_ANSWER
+from tokenizer import SHORT_ANSWER, LlamaTokenizer
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "tiny" / "model"
@@ -45,8 +48,9 @@ def test_the_same_seed_writes_the_same_data(training, tmp_path):
     make_data.make_training(tmp_path, scenes=20, seed=0)
     for picture in (tmp_path / "pictures").iterdir():
         assert picture.read_bytes() == (training / "pictures" / picture.name).read_bytes()
-    first = json.loads((tmp_path / "conversations.json").read_text())
-    assert first == json.loads((training / "conversations.json").read_text())[: len(first)]
+    for name in ("captions", "words", "facts", "conversations"):
+        first = json.loads((tmp_path / f"{name}.json").read_text())
+        assert first and first == json.loads((training / f"{name}.json").read_text())[: len(first)]
 
 
 def test_another_seed_writes_other_data(training, tmp_path):
@@ -89,6 +93,27 @@ def test_no_answer_is_much_more_frequent_than_the_others(family, answers, most):
     assert max(counts.values()) / 3000 < most
 
 
+@pytest.mark.parametrize("form", world.FORMS)
+def test_no_form_of_question_about_existence_gives_its_answer_away(form):
+    counts = collections.Counter()
+    for scene, rng in scenes(6000, "existence"):
+        [turn] = world.ask("existence", scene, rng)
+        words = turn.question.strip("?").split()
+        if form == (bool(set(words) & set(world.COLOURS)), bool(set(words) & set(world.SHAPES))):
+            counts[turn.short] += 1
+    assert abs(counts["yes"] / counts.total() - 0.5) < 0.05
+
+
+def test_a_followup_in_a_conversation_comes_right_behind_its_opening(monkeypatch):
+    made, ask_followup = [], world.ask_followup
+    monkeypatch.setattr(world, "ask_followup", lambda *args: made.append(ask_followup(*args)) or made[-1])
+    for scene, rng in scenes(300, "conversations"):
+        turns = world.converse(scene, rng, 6)
+        found = [pair for pair in itertools.pairwise(turns) if pair[1].family == "follow-up"]
+        assert len(found) == sum(turn.family == "follow-up" for turn in turns)
+        assert set(found) <= set(made)
+
+
 def test_relations_hold_as_often_as_not():
     turns = [turn for scene, rng in scenes(4000, "relations") for turn in world.ask("relation", scene, rng)]
     counts = collections.Counter(turn.short for turn in turns)
@@ -118,12 +143,55 @@ def test_the_share_that_questions_give_away_alone_is_that_of_answers_to_the_same
     assert score.question_alone(lines) == ["a", "a", "b", "b", "a", "a"]
 
 
+# Pretraining
+
+
+def test_a_pretraining_that_was_stopped_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    tokenizer, lesson = LlamaTokenizer.from_pretrained(MODEL), pretrain.lesson
+    monkeypatch.setattr(pretrain, "SAVE_EVERY", 2)
+    whole, parts = (Namespace(output=tmp_path / name, steps=4, batch=4, seed=0) for name in ("whole", "parts"))
+    for args in (whole, parts):
+        args.output.mkdir()
+    pretrain.train_tower(whole, tokenizer)
+
+    def interrupted(step, *args):
+        if step == 3:
+            raise KeyboardInterrupt
+        return lesson(step, *args)
+
+    monkeypatch.setattr(pretrain, "lesson", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train_tower(parts, tokenizer)
+    monkeypatch.setattr(pretrain, "lesson", lesson)
+    pretrain.train_tower(parts, tokenizer)
+    ends = [torch.load(args.output / "tower.state")["model"] for args in (whole, parts)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    parts.steps = 8
+    with pytest.raises(ValueError, match="use another folder"):
+        pretrain.train_tower(parts, tokenizer)
+
+
+def test_what_was_pretrained_is_joined_to_a_checkpoint(tmp_path):
+    args = Namespace(output=tmp_path, steps=1, batch=4, seed=0)
+    tokenizer = pretrain.make_tokenizer(tmp_path)
+    for step in (pretrain.train_tower, pretrain.train_decoder, pretrain.join):
+        step(args, tokenizer)
+    joined, processor = (
+        kind.from_pretrained(tmp_path / "base") for kind in (LlavaForConditionalGeneration, LlavaProcessor)
+    )
+    for part, prefix in pretrain.KEPT.items():
+        trained = torch.load(tmp_path / f"{part}.state")["model"]
+        for name in [name for name in trained if name.startswith(prefix)]:
+            assert torch.equal(joined.get_parameter(name.removeprefix("writer.")), trained[name])
+    inputs = processor(Image.new("RGB", (96, 96)), "USER: <image>\nDescribe the picture. ASSISTANT:")
+    assert joined(**inputs).logits.isfinite().all()
+
+
 # The model
 
 
 @pytest.fixture(scope="module")
 def built_in():
-    torch.set_num_threads(2)
     return LlavaForConditionalGeneration.from_pretrained(MODEL), LlavaProcessor.from_pretrained(MODEL)
 
 
@@ -160,7 +228,7 @@ def test_without_the_right_picture_it_can_only_guess(built_in, unseen):
     swapped = [line | {"image": lines[(i + 1) % len(lines)]["image"]} for i, line in enumerate(lines)]
     share = accuracy(built_in, folder, swapped)
     print(f"\n{len(lines)} questions about another picture, right: {share:.3f}")
-    assert share < 0.5
+    assert share < 0.35
 
 
 def test_it_is_the_default_of_the_command_line():

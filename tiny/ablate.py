@@ -3,7 +3,8 @@
     python tiny/ablate.py --folder BUILD        after build.py; about half an hour on two CPU cores
 
 Each variant goes through stage align on all captions and stage instruct on the first lists of facts and the first
-conversations, then answers questions. Stopped, the same command line goes on. The table is BUILD/ablations.md.
+conversations, then answers questions: one seed each, so a difference of a few points means nothing. Stopped, the same
+command line goes on. The table is BUILD/ablations.md.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,46 +21,40 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from build import SEED
 from pretrain import initialised
-from score import percent, read
+from score import percent
 
 import evaluate
 import train
+from evaluate import read_lines
 from llava import LlavaForConditionalGeneration
 from load import write_json
-from vision import ACTIVATIONS
+from vision import ACTIVATIONS, CLIPVisionModel
 
 LISTS, CONVERSATIONS = 16_000, 8_000  # of 36,000 and 216,000
+CPU = ["--device", "cpu"]
+UNALIGNED = "no alignment stage"
 FAMILIES = ["colour", "shape", "size", "position"]
 ACTIVATIONS["linear"] = nn.Identity()  # two linear layers with nothing between them are a linear projector
 
 
-def change_config(**changes: object) -> Callable[[Path], None]:
-    """A variant that differs in entries of config.json."""
-
-    def apply(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text())
-        write_json(folder / "config.json", config | changes)
-
-    return apply
+def configure(folder: Path, **changes: object) -> None:
+    """Changes entries of config.json."""
+    write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
 
 
 def forget_tower(folder: Path) -> None:
     """The variant whose tower has seen nothing."""
     torch.manual_seed(SEED)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
-    initialised(model.vision_tower)
+    model.vision_tower = initialised(CLIPVisionModel(model.config.vision_config))
     model.save_pretrained(folder)
 
 
-def no_alignment(folder: Path) -> None:
-    """The variant that begins with stage instruct."""
-
-
-VARIANTS: dict[str, Callable[[Path], None]] = {
-    "the recipe": change_config(),
-    "no alignment stage": no_alignment,
-    "last layer instead of the last but one": change_config(vision_feature_layer=-1),
-    "linear projector instead of an MLP": change_config(projector_hidden_act="linear"),
+VARIANTS: dict[str, Callable[[Path], object]] = {  # what is changed in the checkpoint to begin with
+    "the recipe": lambda folder: None,
+    UNALIGNED: lambda folder: None,
+    "last layer instead of the last but one": partial(configure, vision_feature_layer=-1),
+    "linear projector instead of an MLP": partial(configure, projector_hidden_act="linear"),
     "vision tower untrained": forget_tower,
 }
 
@@ -73,7 +69,7 @@ def train_stage(stage: str, source: Path, target: Path, said: Path, images: Path
     """Runs a stage of train.py, unless it has been run."""
     if not (target / "loss.png").exists():
         where = ["--model", source, "--output", target, "--data", said, "--images", images]
-        call(train.main, "--stage", stage, *where, "--system", "", "--seed", SEED, "--micro-batch", 8, *options)
+        call(train.main, "--stage", stage, *where, "--system", "", "--seed", SEED, *CPU, "--micro-batch", 8, *options)
 
 
 def last_loss(folder: Path) -> str:
@@ -99,7 +95,7 @@ def main() -> None:
             shutil.copytree(folder / "base", work / "copy", dirs_exist_ok=True)
             change(work / "copy")
             (work / "copy").rename(base)
-        if change is no_alignment:
+        if name == UNALIGNED:
             aligned, losses = base, ["none"]
         else:
             train_stage("align", base, aligned, data / "captions.json", data, "--batch", 32, "--learning-rate", 2e-3)
@@ -111,9 +107,10 @@ def main() -> None:
         for family in FAMILIES:
             questions, answers = test / f"{family}.jsonl", work / f"{family}.jsonl"
             asked = ["--model", model, "--questions", questions, "--images", test, "--out", answers, "--short"]
-            call(evaluate.main, *asked, "--metric", "exact", "--system", "", "--batch", 64)
-            texts = {line["question_id"]: line["text"] for line in read(answers)}
-            scores.append(f"{percent([texts[line['question_id']] for line in read(questions)], read(questions)):.1f}")
+            call(evaluate.main, *asked, "--metric", "exact", "--system", "", "--batch", 64, *CPU)
+            lines = read_lines(questions)
+            texts = {line["question_id"]: line["text"] for line in read_lines(answers)}
+            scores.append(f"{percent([texts[line['question_id']] for line in lines], lines):.1f}")
         rows.append(f"| {' | '.join([name, *losses, last_loss(words), last_loss(model), *scores])} |")
     table = "\n".join(rows) + "\n"
     (folder / "ablations.md").write_text(table)

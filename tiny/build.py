@@ -18,6 +18,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from check import command_line
+
 SEED = 0
 CURVES = {  # what is drawn: a table and its column
     "tower: writing captions": ("tower.csv", "writing"),
@@ -30,7 +33,7 @@ CURVES = {  # what is drawn: a table and its column
 
 
 def run(threads: int, *commands: list[str | Path | int]) -> None:
-    """Runs commands beside one another, with so many threads each; the first failure ends all."""
+    """Runs commands beside one another, with so many threads each, and waits for all; a failure ends the build."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     running = []
@@ -45,7 +48,7 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
 
 
 def draw_curves(folder: Path) -> None:
-    """Draws the losses of all trainings, each as the mean of 20 lines of its table."""
+    """Draws the losses of all trainings, each as the mean of up to 20 lines of its table."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for axes, (title, (file, column)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         with open(folder / file) as table:
@@ -80,7 +83,7 @@ def main() -> None:
         [tiny / "pretrain.py", "tower", "--output", folder, "--steps", tower, "--seed", SEED],
         [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", decoder, "--batch", 16, "--seed", SEED],
     )
-    if not finished("base/config.json"):
+    if not finished("base/preprocessor_config.json"):
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
     stages = [  # stage, from, to, data, samples per step, highest learning rate
         ("align", "base", "aligned", "captions", 32, 2e-3),
@@ -89,15 +92,16 @@ def main() -> None:
         ("instruct", "facts", "model", "conversations", 16, 1.5e-3),
     ]
     for stage, source, target, name, batch, rate in stages:
-        if not finished(f"{target}/loss.png") and not finished(f"{target}/model.safetensors"):
+        if not finished(f"{target}/loss.png"):
             command = [train, "--stage", stage, "--model", folder / source, "--output", folder / target, "--seed", SEED]
-            command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--save-every", 250]
-            run(2, [*command, "--batch", batch, "--micro-batch", 8, "--learning-rate", rate])
-    if not finished("test/pictures"):
+            command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--device", "cpu"]
+            command += ["--batch", batch, "--micro-batch", 8, "--learning-rate", rate, "--save-every", 250]
+            run(2, command)
+    if not finished("test/unseen-sentence.jsonl"):
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", tests, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])
     draw_curves(folder)
 
 
 if __name__ == "__main__":
-    main()
+    command_line("build.py", main, "interrupted; the same command line goes on")

@@ -1,13 +1,13 @@
 """Writes the small world as files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 64000
+    python tiny/make_data.py train --output FOLDER --scenes 72000
     python tiny/make_data.py test  --output FOLDER --scenes 2400
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
-FOLDER/captions.json             LLaVA's format: a caption for a tenth of the pictures (stage align)
+FOLDER/captions.json             LLaVA's format: a caption for the first tenth of the scenes (stage align)
 FOLDER/words.json, facts.json    facts in words, and in sentences, about half as many scenes of their own (stage
                                  instruct, to learn to look things up)
-FOLDER/conversations.json        three conversations about each of them (stage instruct)
+FOLDER/conversations.json        three conversations about each of the scenes (stage instruct)
 FOLDER/FAMILY.jsonl              for test: a question about each picture, its answer in one word or phrase
 FOLDER/FAMILY-sentence.jsonl     the same questions, answered in sentences
 FOLDER/unseen*.jsonl             questions about things whose combination of colour and shape no training has shown
@@ -24,10 +24,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import world
 
+from load import write_whole
 from tokenizer import SHORT_ANSWER
 
 TURNS = 6  # of a conversation, about
-WORDS = 10**6  # the first of their own scenes
+WORDS = 10**6  # number of the first scene of words.json and facts.json
 
 
 def picture_name(index: int) -> str:
@@ -72,11 +73,11 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
         said["words"].append(entry(i, [(words.question, words.short)]))
         said["facts"].append(entry(i, [(facts.question, facts.sentence)]))
     for name, entries in said.items():
-        (folder / f"{name}.json").write_text(json.dumps(entries))
+        write_whole(folder / f"{name}.json", lambda part, entries=entries: part.write_text(json.dumps(entries)))
 
 
 def guess(turn: world.Turn, scene: world.Scene, rng: random.Random) -> str:
-    """What somebody answers who picks one of the scene's things and says of it what was asked, or else yes or no."""
+    """What somebody answers who says what was asked of any of the scene's things, or guesses yes, no or how many."""
     thing = rng.choice(scene)
     if turn.short in ("yes", "no"):
         return rng.choice(["yes", "no"])

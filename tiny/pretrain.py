@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import world
 from make_data import conversation
 
+from check import command_line
 from llava import LlamaConfig, LlamaForCausalLM, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
 from load import copy_processor_files, write_json, write_whole
 from tokenizer import SHORT_ANSWER, LlamaTokenizer
@@ -42,6 +43,7 @@ from vision import CLIPVisionConfig, LlavaImageProcessor
 
 VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
 LAYERS = 5  # of the decoder
+SAVE_EVERY = 250  # steps
 KEPT = {"tower": "writer.vision_tower.", "decoder": "language_model."}  # of what is trained
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
 
@@ -95,10 +97,10 @@ def make_tokenizer(folder: Path) -> LlamaTokenizer:
                 texts += [f"?{turn.question}", f"?{SHORT_ANSWER.strip()}"]  # as after a line feed, without a space
         model = train_tokenizer(texts, vocab_size=640)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "tokenizer.model").write_bytes(model)
         count = len(sentencepiece.SentencePieceProcessor(model_proto=model))
         write_json(folder / "added_tokens.json", {"<image>": count, "<pad>": count + 1})
         write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "pad_token": "<pad>"})
+        write_whole(folder / "tokenizer.model", lambda part: part.write_bytes(model))
     return LlamaTokenizer.from_pretrained(folder)
 
 
@@ -120,6 +122,8 @@ def fit(
         loss_of: step -> its loss, and other figures to be written down.
         args: steps, output folder.
         peak: the learning rate.
+
+    Raises a ValueError if what is there to go on from was trained with other settings.
     """
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     outer = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
@@ -128,9 +132,13 @@ def fit(
         torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     state_file, table_file = args.output / f"{name}.state", args.output / f"{name}.csv"
-    begin, lines = 0, []
+    begin, lines, settings = 0, [], {"steps": args.steps, "batch": args.batch, "seed": args.seed}
     if state_file.exists():
         state = torch.load(state_file)
+        if state["settings"] != settings:
+            raise ValueError(
+                f"{state_file} is of a training with {state['settings']}: use another folder, or delete it"
+            )
         begin, lines = state["step"], state["lines"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -154,9 +162,9 @@ def fit(
             lines += [",".join(values)] if not lines else []
             lines.append(",".join(f"{value:.5g}" for value in values.values()))
             table_file.write_text("\n".join(lines) + "\n")
-        if (step + 1) % 250 == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-            state |= {"step": step + 1, "lines": lines}
+            state |= {"step": step + 1, "lines": lines, "settings": settings}
             write_whole(state_file, lambda part, state=state: torch.save(state, part))
 
 
@@ -265,7 +273,7 @@ def reading(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> l
     """Conversations about scenes in words.
 
     In the first half of the training guessing does not pay: there are always three things, no two of a colour or shape,
-    and every question is about one of them.
+    and every question but those for facts is about one of them.
     """
     rng, rows, early = random.Random(f"decoder/{args.seed}/{step}"), [], step < args.steps // 2
     for _ in range(args.batch):
@@ -292,10 +300,11 @@ def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
         VISION, text_config(tokenizer, LAYERS), tokenizer.image_token_id, pad_token_id=tokenizer.pad_token_id
     )
     model = initialised(LlavaForConditionalGeneration(config))
-    for part in ("tower", "decoder"):
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("multi_modal_projector.")}
+    for part, prefix in KEPT.items():
         weights = torch.load(args.output / f"{part}.state")["model"]
-        kept = {name.removeprefix("writer."): tensor for name, tensor in weights.items() if name.startswith(KEPT[part])}
-        model.load_state_dict(kept, strict=False)
+        kept |= {name.removeprefix("writer."): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    model.load_state_dict(kept)
     base = args.output / "base"
     model.save_pretrained(base)
     copy_processor_files(args.output, base)
@@ -313,7 +322,7 @@ def main() -> None:
     add = parser.add_argument
     add("what", choices=["tokenizer", "tower", "decoder", "join"])
     add("--output", required=True, type=Path, help="folder for tokenizer, states and losses")
-    add("--steps", type=int, default=6000)
+    add("--steps", type=int, default=3000)
     add("--batch", type=int, default=32)
     add("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -324,4 +333,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line("pretrain.py", main, "interrupted; the same command line goes on from the last state")

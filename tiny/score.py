@@ -6,11 +6,12 @@
 For each family of questions: how often the answer is exactly right (evaluate.py's metric "exact"), in one word and as a
 sentence; the same when the model is shown another scene's picture ("blind"); what a guesser reaches who names a random
 thing of the right scene; the answer that is most often right to the same words ("question alone"); and the one that is
-most often right of all. The model's answers are written into TEST/answers and are not asked for again.
+most often right of all. The model's answers are kept in a folder of TEST and are not asked for again.
 """
 
 import argparse
 import collections
+import hashlib
 import json
 import subprocess
 import sys
@@ -20,19 +21,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from world import FAMILIES
 
-from evaluate import METRICS, exact_match
+from evaluate import METRICS, exact_match, read_lines
 
 NAMES = [*(family for family in FAMILIES if family != "facts"), "unseen"]
 
 
-def read(file: Path) -> list[dict]:
-    """The objects of a JSON-lines file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def blindfold(questions: Path, target: Path) -> Path:
     """The same questions about the next scene's picture."""
-    lines = read(questions)
+    lines = read_lines(questions)
     pictures = [line["image"] for line in lines]
     for line, picture in zip(lines, pictures[1:] + pictures[:1], strict=True):
         line["image"] = picture
@@ -43,10 +39,11 @@ def blindfold(questions: Path, target: Path) -> Path:
 def ask(model: str, questions: Path, images: Path, out: Path, short: bool) -> list[str]:
     """The model's answers, by evaluate.py."""
     command = [sys.executable, ROOT / "evaluate.py", "--model", model, "--questions", questions, "--images", images]
-    command += ["--out", out, "--metric", "exact", "--system", "", "--batch", "64", *(["--short"] if short else [])]
+    command += ["--out", out, "--metric", "exact", "--system", "", "--batch", "64", "--device", "cpu"]
+    command += ["--short"] if short else []
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
-    texts = {line["question_id"]: line["text"] for line in read(out)}
-    return [texts[line["question_id"]] for line in read(questions)]
+    texts = {line["question_id"]: line["text"] for line in read_lines(out)}
+    return [texts[line["question_id"]] for line in read_lines(questions)]
 
 
 def percent(texts: list[str], lines: list[dict]) -> float:
@@ -74,7 +71,8 @@ def main() -> None:
     parser.add_argument("--test", required=True, type=Path, help="the folder that make_data.py test has written")
     parser.add_argument("--out", type=Path, help="a file for the table")
     args = parser.parse_args()
-    folder = args.test / "answers"
+    weights = (Path(args.model) / "model.safetensors").read_bytes()
+    folder = args.test / f"answers-{hashlib.sha256(weights).hexdigest()[:8]}"
     folder.mkdir(exist_ok=True)
     rows = ["| family | questions | form | right | blind | random thing | question alone | always the same |"]
     rows.append("| --- " * 8 + "|")
@@ -82,7 +80,7 @@ def main() -> None:
         for form in ("short", "sentence"):
             stem = name if form == "short" else f"{name}-sentence"
             questions = args.test / f"{stem}.jsonl"
-            lines = read(questions)
+            lines = read_lines(questions)
             seen = ask(args.model, questions, args.test, folder / f"{stem}.jsonl", form == "short")
             others = blindfold(questions, folder / f"{stem}-blind-questions.jsonl")
             blind = ask(args.model, others, args.test, folder / f"{stem}-blind.jsonl", form == "short")

@@ -7,8 +7,8 @@ Every thing has a colour, a shape, a size and a cell of the grid. No two things 
 shape, so "the red circle" always means one thing. Three combinations (`HELD_OUT`) are in no scene, question or text
 that anything is trained on: whoever names them has understood that colour and shape are separate matters.
 
-Questions are asked so that their words do not give the answer away: yes and no are equally frequent, and what is asked
-about and not there could have been there.
+Questions are asked so that their words do not give the answer away: yes and no are equally frequent to questions of the
+same form, and what is asked about and not there could have been there.
 """
 
 import itertools
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
-COLOURS = {  # well apart also for many of the colour-blind; each drawn in slightly different tints
+COLOURS = {  # each drawn in slightly different tints
     "red": (214, 39, 40),
     "orange": (255, 140, 20),
     "yellow": (240, 220, 50),
@@ -270,7 +270,7 @@ def kind(value: str) -> str:
 
 def ask_attribute(family: str, scene: Scene, thing: Thing, rng: random.Random) -> Turn:
     """What is this thing's colour, shape, size or position?"""
-    name = refer(rng, scene, thing, family) or thing.name
+    name = refer(rng, scene, thing, family)
     value, says = attribute(family, thing)
     return Turn(family, rng.choice(ATTRIBUTES[family][0]).format(name), value, f"The {name} {says}.")
 
@@ -338,8 +338,13 @@ def ask_count(scene: Scene, rng: random.Random) -> Turn:
     return Turn("count", question, COUNTS[number], sentence)
 
 
+# Whether a question about existence names a colour, and a shape; the same where it is there and where it is not
+FORMS, FORM_WEIGHTS = [(True, True), (True, False), (False, True)], [3, 1, 1]
+
+
 def absent(scene: Scene, rng: random.Random) -> tuple[str | None, str | None]:
     """Colour and shape of what is not in the scene, often nearly: one of the two is."""
+    names_colour, names_shape = rng.choices(FORMS, FORM_WEIGHTS)[0]
     while True:
         colour, shape = rng.choice(KNOWN)
         near = rng.random()
@@ -347,7 +352,7 @@ def absent(scene: Scene, rng: random.Random) -> tuple[str | None, str | None]:
             colour = rng.choice(scene).colour
         elif near < 0.8:
             shape = rng.choice(scene).shape
-        wanted = rng.choices([(colour, shape), (colour, None), (None, shape)], [3, 1, 1])[0]
+        wanted = (colour if names_colour else None, shape if names_shape else None)
         if wanted not in HELD_OUT and not any(fits(thing, *wanted, None, None) for thing in scene):
             return wanted
 
@@ -360,9 +365,8 @@ def ask_existence(scene: Scene, rng: random.Random, pairs: Sequence[tuple[str, s
         there = any(fits(thing, colour, shape, None, None) for thing in scene)
     elif there:
         thing = rng.choice(scene)
-        colour, shape = rng.choices(
-            [(thing.colour, thing.shape), (thing.colour, None), (None, thing.shape)], [3, 1, 1]
-        )[0]
+        names_colour, names_shape = rng.choices(FORMS, FORM_WEIGHTS)[0]
+        colour, shape = thing.colour if names_colour else None, thing.shape if names_shape else None
     else:
         colour, shape = absent(scene, rng)
     name = article(phrase(colour, shape, None))
@@ -402,8 +406,6 @@ def ask_relation(scene: Scene, rng: random.Random) -> Turn | None:
         return Turn(
             "relation", f"What is {direction} the {second}?", "nothing", f"Nothing is {direction} the {second}."
         )
-    if not full:
-        return None
     direction = rng.choice(full)
     name = ways[direction][0].name
     return Turn("relation", f"What is {direction} the {second}?", name, f"The {name} is {direction} the {second}.")
@@ -446,7 +448,8 @@ def converse(scene: Scene, rng: random.Random, number: int, families: Sequence[s
     turns: list[Turn] = []
     while len(turns) < number:
         asked = [turn.question for turn in turns]
-        turns += [turn for turn in ask(rng.choices(families, weights)[0], scene, rng) if turn.question not in asked]
+        new = ask(rng.choices(families, weights)[0], scene, rng)
+        turns += [] if any(turn.question in asked for turn in new) else new  # a follow-up comes with its opening
     return turns
 
 
