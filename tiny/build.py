@@ -23,7 +23,7 @@ from check import command_line
 
 SEED = 0
 CURVES = {  # what is drawn: a table and its column
-    "tower: writing captions": ("tower.csv", "writing"),
+    "tower: captions and facts": ("tower.csv", "writing"),
     "decoder: scenes in words": ("decoder.csv", "loss"),
     "align: captions": ("aligned/loss.csv", "loss"),
     "instruct 1: facts in words": ("words/loss.csv", "loss"),
