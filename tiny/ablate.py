@@ -30,7 +30,7 @@ from llava import LlavaForConditionalGeneration
 from load import write_json
 from vision import ACTIVATIONS, CLIPVisionModel
 
-LISTS, CONVERSATIONS = 12_000, 6_000  # of 36,000 and 216,000
+LISTS, CONVERSATIONS = 10_000, 5_000  # of 36,000 and 216,000
 CPU = ["--device", "cpu"]
 UNALIGNED = "no alignment stage"
 FAMILIES = ["colour", "shape", "size", "position"]
