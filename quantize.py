@@ -92,7 +92,7 @@ class Int8Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
         out = rows.new_empty(len(rows), len(self.scale))
         for some, result in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
-            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1)
+            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1); 63 * 128 + 63
             bits = (some / step).add_(64 * 128 + 64 + 0.5).to(torch.int16)  # .5: to the nearest; 14 bits, none negative
             halves = torch.cat([(bits >> 7).to(torch.uint8), (bits & 127).to(torch.uint8)])
             high, low = multiply_bytes(halves, self.weight, self.scale).split(len(some))[:2]
