@@ -235,7 +235,9 @@ def machine_limits(shape: str) -> dict[str, float]:
             few = x[:1].to(dtype if dtype.is_floating_point else units)
             rows = [lambda weight=weight, few=few: F.linear(few, weight.to(few.dtype)) for weight in weights]
             whole = partial(F.linear, x.to(units), weights[0].to(units))
+        torch.backends.mkldnn.enabled = dtype.itemsize != 2  # as in `HalfLinear`
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
+        torch.backends.mkldnn.enabled = True
         limits[f"{kind}: {GB_S}"] = size / each / 1e9
         limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(whole, 10)) / 1e9
     return limits

@@ -53,6 +53,7 @@ from check import (
 from load import (
     copy_processor_files,
     find_folder,
+    keep_freed_memory,
     load_weights,
     read_config,
     save_weights,
@@ -422,6 +423,7 @@ class LlavaForConditionalGeneration(nn.Module):
         model = cls.planned(folder, dtype, device, quantize)
         load_weights(model, folder, torch.device(device))
         model.tie_weights()
+        keep_freed_memory()
         return model.eval()
 
     @classmethod

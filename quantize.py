@@ -43,15 +43,24 @@ class RowsLinear(nn.Linear):
 
 
 class HalfLinear(nn.Linear):
-    """Weights of 16 bits on a CPU that has no units for such numbers."""
+    """Weights of 16 bits; a CPU without units for such numbers multiplies several rows in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if x.device.type != "cpu" or x.shape[:-1].numel() == 1:  # a single row: half the bytes to read
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias).to(x.dtype)
-        rows = x.float()
-        out = torch.cat([F.linear(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)], dim=-1)
-        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+        dtype, on_cpu = self.weight.dtype, x.device.type == "cpu"
+        single = x.shape[:-1].numel() == 1  # half the bytes to read
+        if on_cpu and not single and not (x.dtype == dtype and computes_in(dtype)):
+            rows = x.float()
+            out = torch.cat([F.linear(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)], dim=-1)
+            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+        switched = on_cpu and single and torch.backends.mkldnn.enabled
+        if switched:  # PyTorch's own kernel for a single row is twice as fast as oneDNN's
+            torch.backends.mkldnn.enabled = False
+        try:
+            return F.linear(x.to(dtype), self.weight, self.bias).to(x.dtype)
+        finally:
+            if switched:
+                torch.backends.mkldnn.enabled = True
 
 
 class Int8Linear(nn.Module):
@@ -135,7 +144,7 @@ def compact_linears(model: nn.Module, quantize: str | None, device: torch.device
             dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(*shape))
-            elif on_cpu and dtype != torch.float32 and not computes_in(dtype):
+            elif on_cpu and dtype in (torch.bfloat16, torch.float16):
                 setattr(module, name, HalfLinear(*shape, dtype=dtype))
             elif with_mkl and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
                 setattr(module, name, RowsLinear(*shape))

@@ -51,8 +51,13 @@ def test_the_product_is_that_of_the_rounded_weights(widths, rows, dtype, exact_i
 @pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (700,)], ids=str)
 @pytest.mark.parametrize("widths", [(64, 64), (37, 5), (1, 8), (513, 1030)], ids=str)
+@pytest.mark.parametrize("units", [True, False])
 @torch.no_grad()
-def test_weights_of_16_bits_lose_no_more_than_one_row_of_activations_does(widths, rows, weights, dtype, check):
+def test_weights_of_16_bits_lose_no_more_than_one_row_of_activations_does(
+    units, widths, rows, weights, dtype, check, monkeypatch
+):
+    """Whether the CPU has units for bfloat16 or not."""
+    monkeypatch.setattr(quantize, "computes_in", lambda dtype: units and dtype == torch.bfloat16)
     exact = make_layer(*widths)[1].to(weights)
     ours = HalfLinear(*widths, dtype=weights)
     ours.load_state_dict(exact.state_dict())
@@ -61,6 +66,17 @@ def test_weights_of_16_bits_lose_no_more_than_one_row_of_activations_does(widths
     assert y.dtype == dtype
     epsilon = max(torch.finfo(dtype).eps, torch.finfo(weights).eps if len(rows) == rows.count(1) else 0)
     check(f"{weights} layer, {dtype}", y.float(), exact.float()(x.float()), limit=max(epsilon, 1e-6))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@torch.no_grad()
+def test_a_single_row_leaves_onednn_as_it_was(enabled, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    layer = HalfLinear(8, 8, dtype=torch.bfloat16)
+    layer(torch.ones(1, 8))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(torch.ones(1, 7))
+    assert torch.backends.mkldnn.enabled == enabled
 
 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (16,), (17,)], ids=str)
