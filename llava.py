@@ -53,7 +53,6 @@ from check import (
 from load import (
     copy_processor_files,
     find_folder,
-    keep_freed_memory,
     load_weights,
     read_config,
     save_weights,
@@ -413,7 +412,7 @@ class LlavaForConditionalGeneration(nn.Module):
         Args:
             name: the folder, or a name such as "llava-hf/llava-1.5-7b-hf".
             dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, since
-                few of them compute 16 bits fast, and elsewhere the dtype of the checkpoint.
+                few of them are fast at a prompt in 16 bits, and elsewhere the dtype of the checkpoint.
             device: where the model is to run.
             quantize: "int8" stores linear layers in a byte per weight (quantize.py), made while the file is read.
 
@@ -423,7 +422,6 @@ class LlavaForConditionalGeneration(nn.Module):
         model = cls.planned(folder, dtype, device, quantize)
         load_weights(model, folder, torch.device(device))
         model.tie_weights()
-        keep_freed_memory()
         return model.eval()
 
     @classmethod
