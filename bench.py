@@ -40,7 +40,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from check import command_line, free_memory
 from llava import KVCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, peak_memory
 from load import weight_bytes, write_json
-from quantize import PIECES, compact_linears, computes_in, multiply_bytes, products_of_bytes
+from quantize import (
+    FloatLinear,
+    HalfLinear,
+    compact_linears,
+    computes_in,
+    multiply_bytes,
+    multiply_floats,
+    products_of_bytes,
+)
 from vision import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -211,9 +219,9 @@ def machine_limits(shape: str) -> dict[str, float]:
     """For each kind of weights, at best: GB/s of them through products with one row, GFLOP/s of a product with 600.
 
     The matrices are those of the decoder's MLP. Since a decoder does not fit into a CPU's cache, the single row goes
-    through several of them in turn: half a gigabyte, or as many as the decoder has (of float32 in pieces, or MKL would
-    take one core). The 600 rows are computed in the kind of numbers that the CPU has units for, float32 for 16 bits
-    without them. With int8 a row of 14 bits is multiplied as two of 7, and counts once.
+    through several of them in turn: half a gigabyte, or as many as the decoder has. The 600 rows are computed in the
+    kind of numbers that the CPU has units for, float32 for 16 bits without them. With int8 a row of 14 bits is
+    multiplied as two of 7, and counts once. The kernels are those of quantize.py.
     """
     config, limits = SHAPES[shape][1], {}
     width, wide = config.hidden_size, config.intermediate_size
@@ -227,17 +235,17 @@ def machine_limits(shape: str) -> dict[str, float]:
             packed, scale = [torch.ops.onednn.qlinear_prepack(weight, None) for weight in weights], torch.ones(wide)
             rows = [partial(multiply_bytes, halves[:2], weight, scale) for weight in packed]
             whole = partial(multiply_bytes, halves, packed[0], scale)
-        elif kind == "float32":
-            views = [weight.view(PIECES, -1, width).mT for weight in weights]
-            rows = [partial(torch.bmm, x[:1].expand(PIECES, 1, -1), view) for view in views]
-            whole = partial(F.linear, x, weights[0])
+        elif kind == "int8":
+            rows = [lambda weight=weight: multiply_floats(x[:1], weight.float()) for weight in weights]
+            whole = partial(multiply_floats, x, weights[0].float())
         else:
-            few = x[:1].to(dtype if dtype.is_floating_point else units)
-            rows = [lambda weight=weight, few=few: F.linear(few, weight.to(few.dtype)) for weight in weights]
-            whole = partial(F.linear, x.to(units), weights[0].to(units))
-        torch.backends.mkldnn.enabled = dtype.itemsize != 2  # as in `HalfLinear`
+            layers = [(FloatLinear if kind == "float32" else HalfLinear)(width, wide, False, "meta") for _ in weights]
+            for layer, weight in zip(layers, weights, strict=True):
+                layer.weight = torch.nn.Parameter(weight)
+            rows = [partial(layer, x[:1].to(dtype)) for layer in layers]
+            multiply = multiply_floats if units == torch.float32 else F.linear
+            whole = partial(multiply, x.to(units), weights[0].to(units))
         each = min(seconds(lambda rows=rows: [one() for one in rows], 10)) / count
-        torch.backends.mkldnn.enabled = True
         limits[f"{kind}: {GB_S}"] = size / each / 1e9
         limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(whole, 10)) / 1e9
     return limits

@@ -1,8 +1,8 @@
 """Linear layers for CPUs: all cores stream the weights, which take four, two or one byte each.
 
-    RowsLinear  weight (out, in) float32
-    HalfLinear  weight (out, in) float16 or bfloat16
-    Int8Linear  weight (out, in) int8, scale (out,) float32      with the true weight ~ int8 * scale
+    FloatLinear  weight (out, in) float32
+    HalfLinear   weight (out, in) float16 or bfloat16
+    Int8Linear   weight (out, in) int8, scale (out,) float32      with the true weight ~ int8 * scale
 
 A CPU that answers reads all weights from memory once per token, so their bytes are what an answer's speed depends on; a
 prompt has hundreds of rows and depends on arithmetic. Each layer does both in the way that CPUs are fast at, and takes
@@ -15,7 +15,8 @@ rounded to 14 bits, with a step for each row of them, and their upper and lower 
 head stay as they are, for rounding the head changes answers most.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 14 bits make
-superfluous. The kernels were chosen by measuring, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI.
+superfluous. The kernels were chosen by measuring, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI and BF16; there,
+PyTorch's own kernel for a single row of bfloat16 is twice as fast as oneDNN's.
 """
 
 import functools
@@ -25,42 +26,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 256  # rows whose intermediate results stay in the CPU's cache
-PIECES = 16  # that a matrix is cut into, for all cores to have some
 
 
-class RowsLinear(nn.Linear):
-    """Weights of float32. MKL multiplies a single row, and any number up to about 16, on one core."""
+class FloatLinear(nn.Linear):
+    """Weights of float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
-        number = x.shape[:-1].numel()  # M
-        if x.device.type != "cpu" or number > 16 or self.out_features % PIECES:
-            return super().forward(x)
-        rows = x.reshape(1, number, self.in_features).expand(PIECES, -1, -1)  # (PIECES, M, in)
-        parts = torch.bmm(rows, self.weight.view(PIECES, -1, self.in_features).mT)  # (PIECES, M, out / PIECES)
-        out = parts.transpose(0, 1).reshape(*x.shape[:-1], self.out_features)
-        return out if self.bias is None else out + self.bias
+        return multiply_floats(x, self.weight, self.bias) if x.device.type == "cpu" else super().forward(x)
 
 
 class HalfLinear(nn.Linear):
-    """Weights of 16 bits; a CPU without units for such numbers multiplies several rows in float32."""
+    """Weights of 16 bits: one row by PyTorch's own kernel, and several in float32 where the CPU has no better units."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the dtype of x."""
-        dtype, on_cpu = self.weight.dtype, x.device.type == "cpu"
-        single = x.shape[:-1].numel() == 1  # half the bytes to read
-        if on_cpu and not single and not (x.dtype == dtype and computes_in(dtype)):
-            rows = x.float()
-            out = torch.cat([F.linear(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)], dim=-1)
-            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
-        switched = on_cpu and single and torch.backends.mkldnn.enabled
-        if switched:  # PyTorch's own kernel for a single row is twice as fast as oneDNN's
+        """(..., in) -> (..., out)"""
+        on_cpu, single = x.device.type == "cpu", x.shape[:-1].numel() == 1
+        if on_cpu and single and torch.backends.mkldnn.enabled:
+            # For all threads; but only one that found oneDNN on switches it on again, so it cannot be left off.
             torch.backends.mkldnn.enabled = False
-        try:
-            return F.linear(x.to(dtype), self.weight, self.bias).to(x.dtype)
-        finally:
-            if switched:
+            try:
+                return super().forward(x)
+            finally:
                 torch.backends.mkldnn.enabled = True
+        if on_cpu and not single and not computes_in(x.dtype):
+            rows = x.float()
+            parts = [multiply_floats(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)]
+            out = torch.cat(parts, dim=-1)
+            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+        return super().forward(x)
 
 
 class Int8Linear(nn.Module):
@@ -71,7 +65,7 @@ class Int8Linear(nn.Module):
         weight = torch.empty(out_features, in_features, dtype=torch.int8)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.register_buffer("scale", torch.empty(out_features), persistent=True)
+        self.register_buffer("scale", torch.empty(out_features))
 
     @torch.no_grad()
     def load_weight(self, weight: Tensor) -> None:
@@ -94,20 +88,30 @@ class Int8Linear(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x."""
-        if not self.weight.is_mkldnn:
-            kind = torch.float32 if x.device.type == "cpu" else x.dtype
-            out = F.linear(x.to(kind), self.dequantized().to(kind))
-            return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1]).float()  # (M, in)
-        out = rows.new_empty(len(rows), len(self.scale))
-        for some, result in zip(rows.split(BLOCK), out.split(BLOCK), strict=True):
-            step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1); 63 * 128 + 63
-            bits = (some / step).add_(64 * 128 + 64 + 0.5).to(torch.int16)  # .5: to the nearest; 14 bits, none negative
-            halves = torch.cat([(bits >> 7).to(torch.uint8), (bits & 127).to(torch.uint8)])
-            high, low = multiply_bytes(halves, self.weight, self.scale).split(len(some))[:2]
-            torch.add(low, high, alpha=128, out=result).mul_(step)
+        rows = x.reshape(-1, x.shape[-1])  # (M, in)
+        if self.weight.is_mkldnn:
+            out = torch.empty(len(rows), len(self.scale), dtype=torch.float32)
+            for some, result in zip(rows.float().split(BLOCK), out.split(BLOCK), strict=True):
+                step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1); 63 * 128 + 63
+                bits = (some / step).add_(64 * 128 + 64 + 0.5).to(torch.int16)  # .5: to the nearest; 14 bits, 0 or more
+                halves = torch.cat([(bits >> 7).to(torch.uint8), (bits & 127).to(torch.uint8)])
+                high, low = multiply_bytes(halves, self.weight, self.scale).split(len(some))[:2]
+                torch.add(low, high, alpha=128, out=result).mul_(step)
+        else:
+            dtype = torch.float32 if x.device.type == "cpu" else x.dtype
+            out = F.linear(rows.to(dtype), self.dequantized().to(dtype))
         out = out if self.bias is None else out.add_(self.bias)
         return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` for float32, but where PyTorch would take MKL, by oneDNN: MKL is slower at one row, 20 or 600.
+
+    oneDNN's product has no gradients, so training takes PyTorch's.
+    """
+    if torch.is_grad_enabled() or not torch.backends.mkl.is_available():
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def multiply_bytes(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
@@ -134,22 +138,21 @@ def products_of_bytes() -> bool:
 
 def compact_linears(model: nn.Module, quantize: str | None, device: torch.device) -> None:
     """Exchanges the linear layers of a model without weights for those above, where that makes it smaller or faster."""
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
     on_cpu = device.type == "cpu"
-    with_mkl = on_cpu and torch.backends.mkl.is_available()
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if not isinstance(child, nn.Linear) or child.weight in embeddings:  # a tied head stays as it is
+            if not isinstance(child, nn.Linear):
                 continue
-            dtype, shape = child.weight.dtype, (child.in_features, child.out_features, child.bias is not None)
             if quantize == "int8" and name != "lm_head":
-                setattr(module, name, Int8Linear(*shape))
-            elif on_cpu and dtype in (torch.bfloat16, torch.float16):
-                setattr(module, name, HalfLinear(*shape, dtype=dtype))
-            elif with_mkl and dtype == torch.float32 and child.weight.numel() >= 2**20:  # else one core is enough
-                setattr(module, name, RowsLinear(*shape))
+                setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
+            elif on_cpu and child.weight.dtype in (torch.float16, torch.bfloat16):
+                child.__class__ = HalfLinear  # with the same parameters: a head that is tied stays tied
+            elif (
+                on_cpu and child.weight.dtype == torch.float32 and child.weight.numel() >= 2**20
+            ):  # else all are as fast
+                child.__class__ = FloatLinear
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU has units for wide products of 16-bit numbers."""
-    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    """Whether this CPU is fast at wide products of these numbers: known only of bfloat16, with AVX-512 BF16."""
+    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # or False

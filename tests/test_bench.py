@@ -167,6 +167,13 @@ def test_what_is_computed_is_counted(name):
     assert best[bench.FIRST] == pytest.approx((image + text) / 1e9)
 
 
+def test_int8_has_a_limit_also_where_onednn_multiplies_no_bytes(monkeypatch):
+    monkeypatch.setattr(bench, "products_of_bytes", lambda: False)
+    limits = bench.machine_limits("tiny")
+    assert limits.keys() == {f"{kind}: {figure}" for kind in bench.KINDS for figure in (bench.GB_S, bench.GFLOP_S)}
+    assert all(limit > 0 for limit in limits.values())
+
+
 # The files it makes
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import quantize
 from llava import KVCache, LlavaForConditionalGeneration
-from quantize import HalfLinear, Int8Linear, RowsLinear, compact_linears
+from quantize import FloatLinear, HalfLinear, Int8Linear, compact_linears
 
 
 def make_layer(width_in: int, width_out: int, bias: bool = True) -> tuple[Int8Linear, nn.Linear]:
@@ -47,52 +47,53 @@ def test_the_product_is_that_of_the_rounded_weights(widths, rows, dtype, exact_i
     check(f"int8 layer, {dtype}", y.float(), exact(x.float()), limit=rounding)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (700,)], ids=str)
 @pytest.mark.parametrize("widths", [(64, 64), (37, 5), (1, 8), (513, 1030)], ids=str)
 @pytest.mark.parametrize("units", [True, False])
 @torch.no_grad()
-def test_weights_of_16_bits_lose_no_more_than_one_row_of_activations_does(
-    units, widths, rows, weights, dtype, check, monkeypatch
-):
+def test_weights_of_16_bits_give_what_they_give_in_float32(units, widths, rows, dtype, check, monkeypatch):
     """Whether the CPU has units for bfloat16 or not."""
     monkeypatch.setattr(quantize, "computes_in", lambda dtype: units and dtype == torch.bfloat16)
-    exact = make_layer(*widths)[1].to(weights)
-    ours = HalfLinear(*widths, dtype=weights)
+    exact = make_layer(*widths)[1].to(dtype)
+    ours = HalfLinear(*widths, dtype=dtype)
     ours.load_state_dict(exact.state_dict())
     x = torch.randn(*rows, widths[0], generator=torch.Generator().manual_seed(0)).to(dtype)
     y = ours(x)
     assert y.dtype == dtype
-    epsilon = max(torch.finfo(dtype).eps, torch.finfo(weights).eps if len(rows) == rows.count(1) else 0)
-    check(f"{weights} layer, {dtype}", y.float(), exact.float()(x.float()), limit=max(epsilon, 1e-6))
+    check(f"{dtype} layer", y.float(), exact.float()(x.float()), limit=torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("enabled", [True, False])
-@torch.no_grad()
-def test_a_single_row_leaves_onednn_as_it_was(enabled, monkeypatch):
+def test_a_single_row_of_16_bits_goes_without_onednn_and_leaves_it_as_it_was(enabled, monkeypatch):
+    seen, linear = [], torch.nn.functional.linear
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    monkeypatch.setattr(quantize, "computes_in", lambda dtype: True)
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *args: seen.append(torch.backends.mkldnn.enabled) or linear(*args)
+    )
     layer = HalfLinear(8, 8, dtype=torch.bfloat16)
-    layer(torch.ones(1, 8))
+    layer(torch.ones(1, 8, dtype=torch.bfloat16)), layer(torch.ones(2, 8, dtype=torch.bfloat16))
+    assert seen == [False, enabled]
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        layer(torch.ones(1, 7))
+        layer(torch.ones(1, 7, dtype=torch.bfloat16))
     assert torch.backends.mkldnn.enabled == enabled
 
 
-@pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (16,), (17,)], ids=str)
+@pytest.mark.parametrize("rows", [(), (1,), (1, 1), (2, 3), (16,), (700,)], ids=str)
 @pytest.mark.parametrize("widths", [(64, 64), (37, 5), (40, 4112)], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_weights_in_pieces_are_the_weights_as_a_whole(widths, rows, bias, check):
+def test_float32_is_multiplied_as_anywhere(widths, rows, bias, check):
     exact = make_layer(*widths, bias)[1]
-    ours = RowsLinear(*widths, bias=bias)
+    ours = FloatLinear(*widths, bias=bias)
     ours.load_state_dict(exact.state_dict())
     x = torch.randn(*rows, widths[0], generator=torch.Generator().manual_seed(0))
-    check("float32 layer in pieces", ours(x), exact(x), limit=1e-6)
+    check("float32 layer", ours(x), exact(x), limit=1e-6)
 
 
-def test_a_layer_in_pieces_can_be_trained():
-    exact, ours = nn.Linear(32, 64), RowsLinear(32, 64)
+def test_a_layer_of_float32_can_be_trained():
+    exact, ours = nn.Linear(32, 64), FloatLinear(32, 64)
     ours.load_state_dict(exact.state_dict())
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     for layer in (exact, ours):
@@ -104,15 +105,17 @@ def test_only_layers_that_are_worth_it_are_exchanged():
     with torch.device("meta"):
         model = nn.ModuleDict({"large": nn.Linear(1024, 1024), "small": nn.Linear(1024, 1023)})
         compact_linears(model, None, torch.device("cpu"))
-    assert [type(layer) for layer in model.values()] == [RowsLinear, nn.Linear]
+    assert [type(layer) for layer in model.values()] == [FloatLinear, nn.Linear]
 
 
-def test_a_large_head_that_is_tied_to_the_embeddings_stays_tied():
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, FloatLinear), (torch.float16, HalfLinear)])
+def test_a_large_head_that_is_tied_to_the_embeddings_stays_tied(dtype, kind):
     with torch.device("meta"):
         model = nn.ModuleDict({"embed_tokens": nn.Embedding(2048, 1024), "lm_head": nn.Linear(1024, 2048, bias=False)})
-        model["lm_head"].weight = model["embed_tokens"].weight
+        model["lm_head"].weight = model.to(dtype)["embed_tokens"].weight
         compact_linears(model, None, torch.device("cpu"))
     assert model["lm_head"].weight is model["embed_tokens"].weight
+    assert type(model["lm_head"]) is kind
 
 
 def test_weights_are_rounded_to_the_nearest_of_255_steps():
@@ -182,16 +185,22 @@ def test_the_model_has_the_logits_of_transformers_with_rounded_weights(pair, pro
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("units", [True, False])
 @torch.no_grad()
-def test_without_units_for_16_bits_wide_products_are_computed_in_more(dtype, tmp_path, prompt, check, monkeypatch):
+def test_a_model_of_16_bits_works_with_units_for_them_and_without(units, dtype, tmp_path, prompt, check, monkeypatch):
     judge = make_judge().to(dtype)
     judge.save_pretrained(tmp_path)
-    monkeypatch.setattr(quantize, "computes_in", lambda dtype: False)
+    monkeypatch.setattr(quantize, "computes_in", lambda dtype: units and dtype == torch.bfloat16)
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=dtype)
     assert isinstance(ours.language_model.model.layers[0].mlp.up_proj, HalfLinear)
     assert isinstance(ours.vision_tower.encoder.layers[0].mlp.fc1, HalfLinear)
     inputs = prompt()
-    check(f"{dtype} without units", ours(**inputs).logits.float(), judge.float()(**inputs).logits, limit=2e-2)
+    check(
+        f"{dtype} {'with' if units else 'without'} units",
+        ours(**inputs).logits.float(),
+        judge.float()(**inputs).logits,
+        limit=2e-2,
+    )
     tokens = ours.generate(**inputs, max_new_tokens=8)
     twice = {name: tensor.expand(2, *[-1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
     assert ours.generate(**twice, max_new_tokens=8).shape == (2, tokens.shape[1])
