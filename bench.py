@@ -236,8 +236,8 @@ def machine_limits(shape: str) -> dict[str, float]:
             rows = [partial(multiply_bytes, halves[:2], weight, scale) for weight in packed]
             whole = partial(multiply_bytes, halves, packed[0], scale)
         elif kind == "int8":
-            rows = [lambda weight=weight: multiply_floats(x[:1], weight.float()) for weight in weights]
-            whole = partial(multiply_floats, x, weights[0].float())
+            rows = [lambda weight=weight: F.linear(x[:1], weight.float()) for weight in weights]
+            whole = partial(F.linear, x, weights[0].float())
         else:
             layers = [(FloatLinear if kind == "float32" else HalfLinear)(width, wide, False, "meta") for _ in weights]
             for layer, weight in zip(layers, weights, strict=True):

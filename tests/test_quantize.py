@@ -101,6 +101,16 @@ def test_a_layer_of_float32_can_be_trained():
     torch.testing.assert_close(ours.weight.grad, exact.weight.grad)
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="about MKL")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_float32_goes_through_pytorch_only_where_gradients_are_wanted(gradients, monkeypatch):
+    seen, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: seen.append(args) or linear(*args))
+    with torch.set_grad_enabled(gradients):
+        FloatLinear(8, 8)(torch.ones(1, 8))
+    assert len(seen) == gradients
+
+
 def test_only_layers_that_are_worth_it_are_exchanged():
     with torch.device("meta"):
         model = nn.ModuleDict({"large": nn.Linear(1024, 1024), "small": nn.Linear(1024, 1023)})
