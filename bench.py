@@ -43,7 +43,6 @@ from load import weight_bytes, write_json
 from quantize import (
     FloatLinear,
     HalfLinear,
-    compact_linears,
     computes_in,
     multiply_bytes,
     multiply_floats,
@@ -96,11 +95,8 @@ IMAGE_TOKEN_ID = 420
 
 def meta_model(shape: str, dtype: str = "float32", quantize: str | None = None) -> LlavaForConditionalGeneration:
     """The model of this shape, without memory."""
-    with torch.device("meta"):
-        config = LlavaConfig(*SHAPES[shape], image_token_id=IMAGE_TOKEN_ID)
-        model = LlavaForConditionalGeneration(config).to(getattr(torch, dtype))
-        compact_linears(model, quantize, torch.device("cpu"))
-    return model
+    config = LlavaConfig(*SHAPES[shape], image_token_id=IMAGE_TOKEN_ID, dtype="float16")
+    return LlavaForConditionalGeneration.planned(config, dtype, "cpu", quantize)
 
 
 # What is measured, in a process of its own

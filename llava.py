@@ -419,20 +419,21 @@ class LlavaForConditionalGeneration(nn.Module):
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
         folder = find_folder(name)
-        model = cls.planned(folder, dtype, device, quantize)
+        model = cls.planned(LlavaConfig.from_dict(read_config(folder)), dtype, device, quantize)
         load_weights(model, folder, torch.device(device))
         model.tie_weights()
         return model.eval()
 
     @classmethod
-    def planned(cls, folder: Path, dtype: torch.dtype | str, device: torch.device | str, quantize: str | None) -> Self:
-        """A folder's model with the shapes and dtypes that it would be loaded in, but no memory (on the meta device).
+    def planned(
+        cls, config: LlavaConfig, dtype: torch.dtype | str, device: torch.device | str, quantize: str | None
+    ) -> Self:
+        """The model in the shapes and dtypes that it would be loaded in, but without memory (on the meta device).
 
         Arguments and errors are those of `from_pretrained`.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; it can be 'int8' or None")
-        config = LlavaConfig.from_dict(read_config(folder))
         try:
             device = torch.device(device)
             if dtype == "auto":
@@ -442,8 +443,11 @@ class LlavaForConditionalGeneration(nn.Module):
             with torch.device("meta"):
                 model = cls(config).to(dtype)
                 compact_linears(model, quantize, device)
+                if quantize and config.dtype in ("float16", "bfloat16") and not config.tie_word_embeddings:
+                    # They are looked up, not multiplied, so they can stay as they are stored.
+                    model.language_model.model.embed_tokens.to(getattr(torch, config.dtype))
         except (AssertionError, RuntimeError, TypeError) as error:
-            raise ValueError(f"the model of {folder} cannot be made in {dtype} on {device}: {error}") from error
+            raise ValueError(f"the model cannot be made in {dtype} on {device}: {error}") from error
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -454,7 +458,8 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.language_model.model.embed_tokens.weight.dtype
+        """In which everything is computed."""
+        return self.language_model.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
@@ -471,7 +476,7 @@ class LlavaForConditionalGeneration(nn.Module):
 
         Raises a ValueError if there are not P image tokens for each image.
         """
-        embeddings = self.language_model.model.embed_tokens(input_ids)
+        embeddings = self.language_model.model.embed_tokens(input_ids).to(self.dtype)
         if pixel_values is None:
             return embeddings
         features = self.get_image_features(pixel_values)  # (N, P, D)
@@ -815,11 +820,12 @@ def check_memory(folder: Path, dtype: str, device: torch.device, quantize: str |
 
     def needed(dtype: str, quantize: str | None) -> list[int]:
         """Bytes of the weights and of the cache."""
-        model = LlavaForConditionalGeneration.planned(folder, dtype, device, quantize)
+        model = LlavaForConditionalGeneration.planned(config, dtype, device, quantize)
         stored_tensors(model, folder)  # first of all, config.json and the weights should be of the same model
         cache = KVCache(model, max_length=min(tokens, model.config.text_config.context_length))
         return [weight_bytes(model), cache.keys.nbytes + cache.values.nbytes]
 
+    config = LlavaConfig.from_dict(read_config(folder))
     weights, cache = needed(dtype, quantize)
     free = free_memory(device)
     if free is None or weights + cache + WORKING_MEMORY <= free:

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_judge
 
 import check
 import llava
 from check import free_memory
-from llava import KVCache, LlavaForConditionalGeneration, check_memory
-from load import weight_bytes
+from llava import KVCache, LlavaConfig, LlavaForConditionalGeneration, check_memory
+from load import read_config, weight_bytes
 
 CPU = torch.device("cpu")
 GROUP = "user.slice/app.scope"
@@ -18,10 +19,13 @@ GROUP = "user.slice/app.scope"
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(dtype, quantize, checkpoint, monkeypatch):
-    planned = LlavaForConditionalGeneration.planned(checkpoint, dtype, "cpu", quantize)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(stored, dtype, quantize, tmp_path, monkeypatch):
+    make_judge().to(stored).save_pretrained(tmp_path)
+    config = LlavaConfig.from_dict(read_config(tmp_path))
+    planned = LlavaForConditionalGeneration.planned(config, dtype, "cpu", quantize)
     assert all(tensor.is_meta for tensor in [*planned.parameters(), *planned.buffers()])
-    loaded = LlavaForConditionalGeneration.from_pretrained(checkpoint, dtype, quantize=quantize)
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype, quantize=quantize)
     size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
     assert weight_bytes(planned) == weight_bytes(loaded) == size
 
@@ -29,17 +33,17 @@ def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(dtype, quantize, ch
     monkeypatch.setattr(llava, "WORKING_MEMORY", 0)
     total = size + cache.keys.nbytes + cache.values.nbytes
     monkeypatch.setattr(llava, "free_memory", lambda device: total)
-    check_memory(checkpoint, dtype, CPU, quantize, 200)
+    check_memory(tmp_path, dtype, CPU, quantize, 200)
     monkeypatch.setattr(llava, "free_memory", lambda device: total - 1)
     with pytest.raises(ValueError, match="needs"):
-        check_memory(checkpoint, dtype, CPU, quantize, 200)
+        check_memory(tmp_path, dtype, CPU, quantize, 200)
 
 
 GB = 10**9
 SENTENCES = {  # free memory, dtype, quantisation -> what is said; the sizes are those of the 7B model, with 1000 tokens
     "all that fit are offered": (
         (20, "auto", None),
-        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --quantize int8 \(9\.4 GB in all"
+        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --quantize int8 \(9\.1 GB in all"
         r"\) or --dtype bfloat16 \(15\.2 GB in all\) or --dtype bfloat16 --quantize int8 \(8\.4 GB in all\)$",
     ),
     "only those that fit": (
@@ -49,7 +53,7 @@ SENTENCES = {  # free memory, dtype, quantisation -> what is said; the sizes are
     ),
     "never what is larger": (
         (8.7, "auto", "int8"),
-        r"needs 7\.9 GB .*, 8\.7 GB free: try --dtype bfloat16 \(8\.4 GB in ",
+        r"needs 7\.6 GB .*, 8\.7 GB free: try --dtype bfloat16 \(8\.4 GB in ",
     ),
     "nothing fits": (
         (4, "auto", None),
@@ -66,7 +70,8 @@ def test_the_sentence_has_the_figures_and_offers_what_fits(case, monkeypatch):
     vision |= {"image_size": 336, "patch_size": 14}
     text = {"vocab_size": 32064, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}
     text["rope_parameters"]["rope_theta"] = 1e4
-    monkeypatch.setattr(llava, "read_config", lambda folder: {"vision_config": vision, "text_config": text})
+    config = {"vision_config": vision, "text_config": text, "dtype": "float16"}
+    monkeypatch.setattr(llava, "read_config", lambda folder: config)
     monkeypatch.setattr(llava, "stored_tensors", lambda model, folder: None)
     monkeypatch.setattr(llava, "free_memory", lambda device: int(free * GB))
     with pytest.raises(ValueError) as error:

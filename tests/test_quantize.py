@@ -243,12 +243,32 @@ def test_what_is_saved_holds_the_rounded_weights_and_rounds_to_itself(pair, prom
             assert torch.equal(module.dequantized(), ours.get_submodule(name).dequantized()), name
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 @torch.no_grad()
-def test_tied_embeddings_stay_tied(tmp_path, prompt):
-    make_judge(tie_word_embeddings=True).save_pretrained(tmp_path)
+def test_tied_embeddings_stay_tied_and_as_exact_as_the_head(stored, tmp_path, prompt):
+    make_judge(tie_word_embeddings=True).to(stored).save_pretrained(tmp_path)
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize="int8")
+    assert ours.language_model.lm_head.weight.dtype == torch.float32
     assert ours.language_model.lm_head.weight is ours.language_model.model.embed_tokens.weight
     assert ours(**prompt()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_word_embeddings_stored_in_16_bits_stay_so_and_change_nothing(stored, tmp_path, prompt):
+    judge = make_judge().to(stored)
+    judge.save_pretrained(tmp_path / "small")
+    judge.float().save_pretrained(tmp_path / "large")
+    small, large = (
+        LlavaForConditionalGeneration.from_pretrained(tmp_path / name, quantize="int8") for name in ("small", "large")
+    )
+    small.save_pretrained(tmp_path / "saved")
+    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", quantize="int8")
+    embeddings = [model.language_model.model.embed_tokens.weight.dtype for model in (small, large)]
+    assert embeddings == [stored, torch.float32]
+    for model in (small, again):
+        assert model.dtype == model(**prompt()).logits.dtype == torch.float32
+        assert torch.equal(model(**prompt()).logits, large(**prompt()).logits)
 
 
 def test_an_unknown_kind_of_quantisation_is_refused(checkpoint):
