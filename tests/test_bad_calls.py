@@ -125,6 +125,15 @@ def test_a_cache_goes_from_one_mode_to_another(first, second, model):
         assert torch.equal(model.generate(begun.clone(), max_new_tokens=5, cache=cache), expected)
 
 
+def test_what_was_generated_can_be_changed_and_trained_on(model):
+    tokens = torch.stack(list(model.generate_stream(TEXT, max_new_tokens=3)), dim=1)
+    for ids in (next(model.generate_stream(TEXT))[:, None], tokens, model.generate(TEXT, max_new_tokens=3)):
+        ids[0, 0] = 1
+        model(ids).logits.sum().backward()
+    assert model.language_model.model.embed_tokens.weight.grad[1].any()
+    model.zero_grad()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_logits_are_the_same_in_every_mode(mode, model):
     with torch.no_grad():
