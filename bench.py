@@ -254,7 +254,8 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     """The figures of a contender whose work were all done at the machine's limits for its kind of weights.
 
     The work of a prompt is its FLOPs (a multiplication and an addition are two; attention as if every token saw all
-    others), that of a token after it is to read the decoder's matrices and the head once.
+    others; llava's last layer computes only the last token), that of a token after it is to read the decoder's matrices
+    and the head once.
     """
     (vision, text), (dtype, quantize), model = SHAPES[shape], CONTENDERS[name], meta_model(shape)
     is_peer = name.startswith("llama.cpp")  # all of its matrices have 8 bits, the head too: 34 bytes for 32 weights
@@ -262,7 +263,9 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
         if not is_peer:
             model.get_image_features(torch.empty(1, 3, vision.image_size, vision.image_size))
     with torch.device("meta"), FlopCounterMode(display=False) as words:
-        model.language_model.lm_head(model.language_model.model(torch.empty(1, PROMPT, text.hidden_size))[:, -1])
+        keep = 1 if name.startswith("llava") else 0
+        hidden = model.language_model.model(torch.empty(1, PROMPT, text.hidden_size), keep=keep)
+        model.language_model.lm_head(hidden[:, -1])
     flops, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
     for weight_name, weight in meta_model(shape, dtype, quantize).language_model.named_parameters():
         if weight.ndim == 2 and "embed_tokens" not in weight_name:

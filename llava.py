@@ -251,8 +251,10 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> the same shape; `mask` is what `causal_mask` returns."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, keep: int = 0
+    ) -> Tensor:
+        """(B, T, D) -> the same shape, or (B, keep, D) for the last tokens; `mask` is what `causal_mask` returns."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or Hkv, T, Dh)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -260,9 +262,11 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)  # (B, Hkv, S, Dh)
-        if x.shape[1] == 1:
+        if keep:
+            q = q[:, :, -keep:]
+        if q.shape[2] == 1:
             # A single token sees everything, so the G heads of a group can be the rows of one head: no key is copied.
-            q = q.view(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
+            q = q.reshape(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
             return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), 1, -1))
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
@@ -295,9 +299,11 @@ class LlamaDecoderLayer(nn.Module):
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """(B, T, D) -> the same shape"""
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, keep: int = 0
+    ) -> Tensor:
+        """(B, T, D) -> the same shape, or (B, keep, D) for the last tokens"""
+        x = x[:, -keep:] + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -327,8 +333,11 @@ class LlamaModel(nn.Module):
         self.norm = LlamaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.frequencies = rope_frequencies(config)  # not a buffer, or model.bfloat16() would round the angles
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None) -> Tensor:
-        """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head; `padding` (B,) counts from the left."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None, keep: int = 0) -> Tensor:
+        """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head, or (B, keep, D) of the last tokens.
+
+        `padding` (B,) counts from the left.
+        """
         length, start = x.shape[1], 0
         if cache is not None:
             start = cache.length
@@ -339,8 +348,14 @@ class LlamaModel(nn.Module):
         angles = positions[..., None] * self.frequencies.to(x.device).repeat(2)  # (T, Dh) or (B, 1, T, Dh)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         mask = causal_mask(length, start, padding, x.device)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, cos, sin, mask, cache)
+        if 0 < keep < length:  # then the last layer computes no others, for nobody would read them
+            mask = causal_mask(keep, start + length - keep, padding, x.device)
+        else:
+            keep = 0
+        x = last(x, cos, sin, mask, cache, keep)
         if cache is not None:
             cache.length += length
         return self.norm(x)
@@ -520,10 +535,9 @@ class LlavaForConditionalGeneration(nn.Module):
             if cache is not None:
                 cache.padding = padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding)
-            last = isinstance(logits_to_keep, int)  # the last n, where -0 is 0 and means all of them
-            hidden = hidden[:, -logits_to_keep:] if last else hidden[logits_to_keep]
-            return LlavaOutput(self.language_model.lm_head(hidden))
+            embeddings, last = self.embed(input_ids, pixel_values), isinstance(logits_to_keep, int)
+            hidden = self.language_model.model(embeddings, cache, padding, keep=logits_to_keep if last else 0)
+            return LlavaOutput(self.language_model.lm_head(hidden if last else hidden[logits_to_keep]))
 
     def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
         """All of `generate_stream`, which has the arguments: the prompt and the answer, (B, T + new)."""

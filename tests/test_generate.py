@@ -130,6 +130,25 @@ def test_a_prompt_in_parts_has_the_logits_of_one_shot(sizes, heads, make_pair, p
     check("cache: parts against one shot", torch.cat(parts, dim=1), whole)
 
 
+@pytest.mark.parametrize("keep", [1, 3, 99])
+@pytest.mark.parametrize("padded", [True, False])
+@torch.no_grad()
+def test_the_last_layer_computes_only_what_the_head_reads(padded, keep, make_pair, batch, check):
+    ours, _ = make_pair(text={"num_key_value_heads": 2})
+    rows: list[int] = []
+    ours.language_model.model.layers[-1].mlp.register_forward_hook(lambda mlp, args, out: rows.append(out.shape[1]))
+    inputs = batch if padded else {**batch, "attention_mask": None}
+    more = torch.randint(3, 400, (3, 6), generator=torch.Generator().manual_seed(0))
+    caches = [new_cache(ours, batch_size=3) for _ in range(2)]
+    whole = [ours(**inputs, cache=caches[0]).logits, ours(more, cache=caches[0]).logits]
+    some = [ours(**inputs, cache=caches[1], logits_to_keep=keep).logits]
+    some += [ours(more, cache=caches[1], logits_to_keep=keep).logits]
+    for ours_alone, all_of_them in zip(some, whole, strict=True):
+        check("last positions alone", ours_alone, all_of_them[:, -keep:])
+    length = batch.input_ids.shape[1]
+    assert rows == [length, 6, min(keep, length), min(keep, 6)]
+
+
 @torch.no_grad()
 def test_a_padded_batch_in_parts_has_the_logits_of_one_shot(make_pair, batch, check):
     ours, _ = make_pair(text={"num_key_value_heads": 2})
@@ -160,7 +179,7 @@ def test_a_second_turn_computes_only_what_is_new(make_pair, prompt):
     inputs, cache = prompt(), new_cache(ours)
     first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
     seen, images = [], []
-    ours.language_model.model.norm.register_forward_hook(lambda norm, args, out: seen.append(out.shape[1]))
+    ours.language_model.model.layers[0].register_forward_hook(lambda layer, args, out: seen.append(out.shape[1]))
     ours.vision_tower.register_forward_hook(lambda *args: images.append(1))
     ours.generate(torch.cat([first, prompt(images=0)["input_ids"]], 1), max_new_tokens=3, cache=cache)
     assert seen == [1 + 20, 1, 1]  # the last token of the answer was never fed to the model
