@@ -89,7 +89,8 @@ def find_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
     except Exception as error:  # network, authorisation, no such repository, disk full: the library has dozens of kinds
-        raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub: {error}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(f"{name} is no folder and could not be fetched from the hub: {reason}") from error
 
 
 # config.json

@@ -161,6 +161,19 @@ def test_a_hub_name_that_cannot_be_fetched_says_why():
         load.find_folder("nobody/nothing")
 
 
+@pytest.mark.parametrize(("said", "reason"), [("no network\nand a long story", "no network"), ("", "OSError")])
+def test_what_the_hub_says_becomes_one_line(said, reason, monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(name, allow_patterns):
+        raise OSError(said)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError) as error:
+        load.find_folder("nobody/nothing")
+    assert str(error.value) == f"nobody/nothing is no folder and could not be fetched from the hub: {reason}"
+
+
 # config.json
 
 SPARSE = {
