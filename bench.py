@@ -40,14 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from check import command_line, free_memory
 from llava import KVCache, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, peak_memory
 from load import weight_bytes, write_json
-from quantize import (
-    FloatLinear,
-    HalfLinear,
-    computes_in,
-    multiply_bytes,
-    multiply_floats,
-    products_of_bytes,
-)
+from quantize import FloatLinear, HalfLinear, computes_in, multiply_bytes, multiply_floats, products_of_bytes
 from vision import CLIPVisionConfig
 
 sys.path.insert(0, str(Path(__file__).parent / "tests"))
@@ -254,8 +247,8 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     """The figures of a contender whose work were all done at the machine's limits for its kind of weights.
 
     The work of a prompt is its FLOPs (a multiplication and an addition are two; attention as if every token saw all
-    others; llava's last layer computes only the last token), that of a token after it is to read the decoder's matrices
-    and the head once.
+    others; past its queries, keys and values, llava's last layer does only the last token, and so does the last MLP of
+    llama.cpp), that of a token after it is to read the decoder's matrices and the head once.
     """
     (vision, text), (dtype, quantize), model = SHAPES[shape], CONTENDERS[name], meta_model(shape)
     is_peer = name.startswith("llama.cpp")  # all of its matrices have 8 bits, the head too: 34 bytes for 32 weights
@@ -273,6 +266,7 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
             size = weight.numel() * (34 / 32 if is_peer else weight.itemsize)
             token += size / limits[f"{kind}: {GB_S}"] / 1e9
     image, words = image.get_total_flops(), words.get_total_flops()
+    words -= is_peer * 2 * (PROMPT - 1) * 3 * text.hidden_size * text.intermediate_size
     return {VISION: image / flops, FIRST: (image + words) / flops, SPEED: 1 / token}
 
 
@@ -407,6 +401,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.rounds < 1 or not 2 <= args.tokens <= 400:  # the contexts leave room for so many
         parser.error("--rounds must be 1 or more, and --tokens from 2 to 400")
+    if args.shape == "13b" and "plan" not in args.tables:
+        parser.error("of 13b there is only the table plan")
+    if args.json and not args.json.absolute().parent.is_dir():
+        parser.error(f"--json: there is no folder {args.json.parent}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the weights are deleted then, too
     job = args.measure and json.loads(args.measure)
     command_line("bench.py", lambda: print(json.dumps(measure(*job))) if job else run(args))

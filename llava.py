@@ -254,7 +254,7 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, keep: int = 0
     ) -> Tensor:
-        """(B, T, D) -> the same shape, or (B, keep, D) for the last tokens; `mask` is what `causal_mask` returns."""
+        """(B, T, D) -> (B, keep, D) for the last tokens, or for all (0); `mask` is what `causal_mask` returns."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or Hkv, T, Dh)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -262,11 +262,10 @@ class LlamaAttention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer_idx, k, v)  # (B, Hkv, S, Dh)
-        if keep:
-            q = q[:, :, -keep:]
+        q = q[:, :, -keep:]  # -0 is 0: all
         if q.shape[2] == 1:
             # A single token sees everything, so the G heads of a group can be the rows of one head: no key is copied.
-            q = q.reshape(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
+            q = q.view(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
             return self.o_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(len(q), 1, -1))
         x = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=q.shape[1] != k.shape[1]
@@ -302,7 +301,7 @@ class LlamaDecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, keep: int = 0
     ) -> Tensor:
-        """(B, T, D) -> the same shape, or (B, keep, D) for the last tokens"""
+        """(B, T, D) -> (B, keep, D) for the last tokens, or for all (0)"""
         x = x[:, -keep:] + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, keep)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -334,7 +333,7 @@ class LlamaModel(nn.Module):
         self.frequencies = rope_frequencies(config)  # not a buffer, or model.bfloat16() would round the angles
 
     def forward(self, x: Tensor, cache: KVCache | None = None, padding: Tensor | None = None, keep: int = 0) -> Tensor:
-        """Embeddings (B, T, D) -> hidden states (B, T, D), ready for the head, or (B, keep, D) of the last tokens.
+        """Embeddings (B, T, D) -> hidden states of the last tokens (B, keep, D), or of all (0), ready for the head.
 
         `padding` (B,) counts from the left.
         """
@@ -351,10 +350,8 @@ class LlamaModel(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, cos, sin, mask, cache)
-        if 0 < keep < length:  # then the last layer computes no others, for nobody would read them
+        if 0 < keep < length:  # nobody reads the others: of them, the last layer is only asked for keys and values
             mask = causal_mask(keep, start + length - keep, padding, x.device)
-        else:
-            keep = 0
         x = last(x, cos, sin, mask, cache, keep)
         if cache is not None:
             cache.length += length
@@ -445,7 +442,7 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> Self:
         """The model in the shapes and dtypes that it would be loaded in, but without memory (on the meta device).
 
-        Arguments and errors are those of `from_pretrained`.
+        The other arguments, and the errors about them, are those of `from_pretrained`.
         """
         if quantize not in (None, "int8"):
             raise ValueError(f"quantize is {quantize!r}; it can be 'int8' or None")
@@ -459,7 +456,7 @@ class LlavaForConditionalGeneration(nn.Module):
                 model = cls(config).to(dtype)
                 compact_linears(model, quantize, device)
                 if quantize and config.dtype in ("float16", "bfloat16") and not config.tie_word_embeddings:
-                    # They are looked up, not multiplied, so they can stay as they are stored.
+                    # They are looked up, not multiplied, so they can keep the dtype of the checkpoint.
                     model.language_model.model.embed_tokens.to(getattr(torch, config.dtype))
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model cannot be made in {dtype} on {device}: {error}") from error
@@ -473,7 +470,7 @@ class LlavaForConditionalGeneration(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which everything is computed."""
+        """Of the activations, the cache and the logits."""
         return self.language_model.model.norm.weight.dtype
 
     @property
@@ -519,11 +516,14 @@ class LlavaForConditionalGeneration(nn.Module):
             attention_mask: (B, T), 0 for padding on the left. (Padding on the right needs no mask: no token sees it.)
             cache: stores the keys and values of these tokens, and attention reaches back to all that it holds. It is
                 for inference: nothing can be trained through it.
-            logits_to_keep: run the head on the last n positions only (0: on all), or on the M positions where a mask
-                (B, T) is True, which gives logits (M, V).
+            logits_to_keep: run the head, and most of the last layer, on the last n positions only (0: on all), or the
+                head on the M positions where a mask (B, T) is True, which gives logits (M, V).
 
-        Raises a ValueError if the image tokens do not fit the images or the mask does not fit the tokens.
+        Raises a ValueError if the image tokens do not fit the images, a mask the tokens or logits_to_keep is negative.
         """
+        keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        if keep < 0:
+            raise ValueError(f"logits_to_keep is {keep}; it must be 0 (all positions), a number above 0 or a mask")
         begun = cache is not None and cache.length > 0  # then what is padding is known
         check_inputs(self.config, self.device, input_ids, pixel_values, None if begun else attention_mask)
         if cache is not None and cache.keys.shape[1] != len(input_ids):
@@ -535,9 +535,10 @@ class LlavaForConditionalGeneration(nn.Module):
             if cache is not None:
                 cache.padding = padding
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
-            embeddings, last = self.embed(input_ids, pixel_values), isinstance(logits_to_keep, int)
-            hidden = self.language_model.model(embeddings, cache, padding, keep=logits_to_keep if last else 0)
-            return LlavaOutput(self.language_model.lm_head(hidden if last else hidden[logits_to_keep]))
+            hidden = self.language_model.model(self.embed(input_ids, pixel_values), cache, padding, keep)
+            if isinstance(logits_to_keep, Tensor):
+                hidden = hidden[logits_to_keep]  # (M, D)
+            return LlavaOutput(self.language_model.lm_head(hidden))
 
     def generate(self, input_ids: Tensor, *args: object, **kwargs: object) -> Tensor:
         """All of `generate_stream`, which has the arguments: the prompt and the answer, (B, T + new)."""
@@ -556,7 +557,7 @@ class LlavaForConditionalGeneration(nn.Module):
         generator: torch.Generator | None = None,
         cache: KVCache | None = None,
     ) -> Iterator[Tensor]:
-        """Yields the next token of every row, (B,), as soon as it is chosen.
+        """Yields the next token of every row, (B,), as soon as it is chosen, and computes it in inference mode.
 
         A row ends with its end-of-sequence token and is then filled up with padding, while the others go on without
         it. All of it ends when all rows have, or after `max_new_tokens`, or when the context is full.
@@ -595,7 +596,7 @@ class LlavaForConditionalGeneration(nn.Module):
         if pixel_values is None and (new_ids == self.config.image_token_id).any():
             raise ValueError("the prompt has image tokens, but there are no pixel_values")
         for step in range(steps):
-            with torch.inference_mode():  # cheaper than no_grad, which counts in small models
+            with torch.inference_mode():  # cheaper than no_grad, as small models feel
                 logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
                 if step == 0 and not logits.isfinite().all():
                     raise ValueError(why_not_finite(self, self.dtype))
@@ -794,7 +795,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: the first of them that is there",
     )
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
-    add("--quantize", choices=["int8"], help="a byte per weight: a quarter of the memory, and faster")
+    add("--quantize", choices=["int8"], help="a byte per weight: a third of the memory or less; fast on x86 with VNNI")
     add("--image-mode", choices=["crop", "pad"], help="cut the ends off a long image, or add bars to make it square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="open with this sentence, or with Vicuna's own")
@@ -832,6 +833,8 @@ def check_memory(folder: Path, dtype: str, device: torch.device, quantize: str |
     size: this belongs to the command line, where the next thing would be that the system ends the process.
     """
 
+    config = LlavaConfig.from_dict(read_config(folder))
+
     def needed(dtype: str, quantize: str | None) -> list[int]:
         """Bytes of the weights and of the cache."""
         model = LlavaForConditionalGeneration.planned(config, dtype, device, quantize)
@@ -839,7 +842,6 @@ def check_memory(folder: Path, dtype: str, device: torch.device, quantize: str |
         cache = KVCache(model, max_length=min(tokens, model.config.text_config.context_length))
         return [weight_bytes(model), cache.keys.nbytes + cache.values.nbytes]
 
-    config = LlavaConfig.from_dict(read_config(folder))
     weights, cache = needed(dtype, quantize)
     free = free_memory(device)
     if free is None or weights + cache + WORKING_MEMORY <= free:

@@ -12,7 +12,7 @@ Int8 is symmetric and per output channel: each row of the matrix has the scale t
 Only weights are rounded to 8 bits. The CPU's products of integers need bytes on both sides, so the activations are
 rounded to 14 bits, with a step for each row of them, and their upper and lower 7 bits are multiplied separately. (With
 8 bits each, CPUs without VNNI instructions would overflow, as they add products in pairs, into 16 bits.) The head stays
-as it is, for rounding it changes answers most.
+as it is, for rounding it changes answers most; so do the word embeddings, which are looked up, not multiplied.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 14 bits make
 superfluous. The kernels were chosen by measuring, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI and BF16; there,

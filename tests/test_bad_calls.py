@@ -107,6 +107,11 @@ def test_a_cache_that_does_not_go_on_with_the_prompt_is_refused(rows, filled, mo
         model.generate(TEXT.repeat(rows, 1), cache=cache)
 
 
+def test_a_negative_number_of_logits_is_refused(model):
+    with pytest.raises(ValueError, match=r"logits_to_keep is -2; it must be 0 \(all positions\)"):
+        model(IDS, PIXELS, logits_to_keep=-2)
+
+
 @torch.no_grad()
 def test_a_cache_that_is_too_short_grows(model):
     cache = KVCache(model, max_length=2)

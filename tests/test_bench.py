@@ -124,6 +124,14 @@ def test_of_13b_there_is_the_plan_alone(call):
     assert bench.TABLES["speed"] not in printed.out and "writing" not in printed.err
 
 
+@pytest.mark.parametrize("arguments", [("--shape", "13b", "--tables", "speed"), ("--json", "/no/such/file.json")])
+def test_what_would_come_to_nothing_is_refused_at_once(arguments, call, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(*arguments)
+    error = capsys.readouterr().err
+    assert "of 13b there is only the table plan" in error or "--json: there is no folder /no/such" in error
+
+
 def test_the_7b_path_works_with_shards_and_another_folder(call, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "7b", bench.SHAPES["tiny"])
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 700_000)
@@ -158,8 +166,11 @@ def test_what_is_computed_is_counted(name):
     sizes |= {"llava int8": 4 * layer + 4 * head, "llama.cpp Q8_0": (4 * layer + head) * 34 / 32}
     assert best[bench.SPEED] == pytest.approx(1e9 / sizes[name])
     text = 2 * (600 * 4 * layer + head) + 4 * 4 * 600 * 600 * 128
-    if name.startswith("llava"):  # the last of the 4 layers makes all keys and values, and the rest for one token
-        text -= 599 * (2 * (layer - 3 * 128 * 128) + 4 * 600 * 128)
+    mlp = 3 * 128 * 256
+    if name.startswith("llava"):  # the last of the 4 layers makes all queries, keys and values, the rest for one token
+        text -= 599 * (2 * (128 * 128 + mlp) + 4 * 600 * 128)
+    if name.startswith("llama.cpp"):
+        text -= 599 * 2 * mlp
     # 17 positions through 2 of 3 layers, their attention, patches and the projector
     image = (
         2 * (2 * 17 * (4 * 64**2 + 2 * 64 * 128) + 16 * 3 * 14**2 * 64 + 16 * (64 * 128 + 128**2)) + 2 * 4 * 17**2 * 64
