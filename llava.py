@@ -254,7 +254,7 @@ class LlamaAttention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KVCache | None, keep: int = 0
     ) -> Tensor:
-        """(B, T, D) -> (B, keep, D) for the last tokens, or for all (0); `mask` is what `causal_mask` returns."""
+        """(B, T, D) -> (B, keep, D) for the last tokens, or all (0); `mask` is what `causal_mask` returns for these."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or Hkv, T, Dh)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -350,7 +350,7 @@ class LlamaModel(nn.Module):
         *layers, last = self.layers
         for layer in layers:
             x = layer(x, cos, sin, mask, cache)
-        if 0 < keep < length:  # nobody reads the others: of them, the last layer is only asked for keys and values
+        if 0 < keep < length:  # of the others, only the last layer's keys and values are read
             mask = causal_mask(keep, start + length - keep, padding, x.device)
         x = last(x, cos, sin, mask, cache, keep)
         if cache is not None:
@@ -456,7 +456,7 @@ class LlavaForConditionalGeneration(nn.Module):
                 model = cls(config).to(dtype)
                 compact_linears(model, quantize, device)
                 if quantize and config.dtype in ("float16", "bfloat16") and not config.tie_word_embeddings:
-                    # They are looked up, not multiplied, so they can keep the dtype of the checkpoint.
+                    # Words are looked up, not multiplied: their embeddings can keep the checkpoint's dtype.
                     model.language_model.model.embed_tokens.to(getattr(torch, config.dtype))
         except (AssertionError, RuntimeError, TypeError) as error:
             raise ValueError(f"the model cannot be made in {dtype} on {device}: {error}") from error
