@@ -1,49 +1,50 @@
-"""Answers a file of questions and scores the answers the way the benchmarks of the LLaVA-1.5 paper are scored.
+"""Answers the questions in a file, and scores the answers as the benchmarks of the LLaVA-1.5 paper do.
 
     python evaluate.py --model FOLDER --questions q.jsonl --images FOLDER --out answers.jsonl --metric vqa --short
 
-    q.jsonl        {"question_id": 1, "image": "a.jpg", "text": "What is this?", "answers": ["cat", ...]} a line
-    answers.jsonl  {"question_id": 1, "prompt": "What is this?", "text": "A cat", "model_id": "..."} a line
+    q.jsonl        {"question_id": 1, "image": "a.jpg", "text": "What is this?", "answers": ["cat", ...]} per line
+    answers.jsonl  {"question_id": 1, "prompt": "What is this?", "text": "A cat", "model_id": "..."} per line
 
-A question without "image" is text only. "history" may hold earlier turns, [["Is there a cat?", "Yes."], ...]; the image
-then belongs to the first of them, and what --short adds to the question is not added there. Scoring needs "answer", or
-"answers" for a list of them; with "category" there is a line of the table for each. Answers are written as they come,
-and the same command line goes on with those that are missing. Once all are there, no --model is needed to score them.
-Decoding is greedy.
+A question without "image" is text only. "history" may contain earlier turns, [["Is there a cat?", "Yes."], ...]; the
+image then belongs to the first of them, and --short applies only to the question itself. Scoring needs "answer", or
+"answers" for a list of them; with "category", the table has one line per category. Answers are written as soon as they
+are generated, and the same command line resumes with the missing ones. Once all of them are in the file, they can be
+scored without --model. Decoding is greedy.
 
-Sources: LLaVA-1.5 (arXiv 2310.03744), section 4, and the scripts for evaluation that it released; VQA v2's official
-evaluation (arXiv 1612.00837) for the accuracy over ten answers; POPE (arXiv 2305.10355).
+Sources: LLaVA-1.5 (arXiv 2310.03744), section 4, and its released evaluation scripts; VQA v2's official evaluation
+(arXiv 1612.00837) for the accuracy over ten answers; POPE (arXiv 2305.10355).
 """
 
 import argparse
 import json
 import os
 import re
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
-    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\nevaluate.py: interrupted\n"), os._exit(1)))
+from extras.terminal import command_line, handle_early_interrupt
+
+if __name__ == "__main__":
+    handle_early_interrupt("evaluate.py")
 
 from tqdm import tqdm
 
-from check import command_line
-from llava import LlavaForConditionalGeneration, LlavaProcessor, pick_device
+from extras.images import load_image
+from extras.machine import pick_device
+from llava import LlavaForConditionalGeneration
+from processor import LlavaProcessor
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM
-from vision import load_image
 
-# Scores of one answer, from 0 to 1
+# Scores of one answer, from 0 to 1; `answers` are the ground truth
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """1 if the text is one of the answers, apart from capitals, white space and a full stop at the end (as for GQA)."""
+    """1 if the text equals one of the answers, ignoring case, white space and a final full stop (as for GQA)."""
 
-    def normal(text: str) -> str:
+    def normalised(text: str) -> str:
         return " ".join(text.lower().split()).removesuffix(".").rstrip()
 
-    return float(normal(text) in map(normal, answers))
+    return float(normalised(text) in map(normalised, answers))
 
 
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -59,17 +60,17 @@ CONTRACTIONS = """
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-# Each of them with one apostrophe forgotten. What would then be another word ("well", "shed") is not among them.
-FORGOTTEN = {
+# Each contraction without one of its apostrophes. Those that would become another word ("well", "shed") are not listed.
+MISSPELLED = {
     word[:i] + word[i + 1 :]: word for word in CONTRACTIONS.split() for i in range(len(word)) if word[i] == "'"
 }
 
 
-def vqa_normal(text: str) -> str:
-    """A text as VQA's evaluation compares it: no punctuation or articles, digits for numbers, apostrophes put back.
+def vqa_normalised(text: str) -> str:
+    """Normalises a text as VQA's evaluation does: no punctuation or articles, numbers as digits, apostrophes restored.
 
-    A punctuation mark disappears if it stands beside a space somewhere in the text, or if a comma stands between digits
-    (1,000); otherwise it becomes a space. A full stop disappears unless a digit follows.
+    A punctuation mark is removed if it is next to a space anywhere in the text, or if the text contains a comma between
+    digits (1,000); otherwise it becomes a space. A full stop is removed unless a digit follows.
     """
     text = " ".join(text.split())
     joined = re.search(r"\d,\d", text)
@@ -78,46 +79,46 @@ def vqa_normal(text: str) -> str:
         result = result.replace(mark, "" if f"{mark} " in text or f" {mark}" in text or joined else " ")
     result = re.sub(r"\.(?!\d)", "", result)
     words = [NUMBERS.get(word, word) for word in result.lower().split()]
-    return " ".join(FORGOTTEN.get(word, word) for word in words if word not in ARTICLES)
+    return " ".join(MISSPELLED.get(word, word) for word in words if word not in ARTICLES)
 
 
 def vqa_accuracy(text: str, answers: Sequence[str]) -> float:
-    """VQA's accuracy: the mean of min(matches / 3, 1) over all ways to leave one of the (ten) people's answers out."""
-    text, answers = vqa_normal(text), [vqa_normal(answer) for answer in answers]
+    """VQA's accuracy: the mean of min(matches / 3, 1) over all ways to leave out one of the (ten) human answers."""
+    text, answers = vqa_normalised(text), [vqa_normalised(answer) for answer in answers]
     matches = answers.count(text)
     return sum(min((matches - (answer == text)) / 3, 1) for answer in answers) / len(answers)
 
 
 def option_letter(text: str) -> str | None:
-    """The option that an answer to a multiple-choice question names: "B", "b.", "(B) a cat", "The answer is B." -> "B".
+    """The option named in an answer to a multiple-choice question: "B", "b.", "(B) a cat", "The answer is B." -> "B".
 
-    It is the first of the capitals A to H that stands alone; a small letter counts only if there is nothing else.
+    It is the first standalone capital from A to H; a lower-case letter counts only if the answer has no other text.
     """
     found = re.search(r"(?<![\w'])([A-H])(?![\w'])", text) or re.fullmatch(r"\W*([a-h])\W*", text)
     return found and found[1].upper()
 
 
 def letter_match(text: str, answers: Sequence[str]) -> float:
-    """1 if the option named is the right one."""
+    """1 if the text names the right option."""
     return float(option_letter(text) in [answer.strip().upper() for answer in answers])
 
 
 def says_yes(text: str) -> bool:
-    """POPE's reading of an answer: no if its first sentence has the word "No", "no" or "not", otherwise yes."""
+    """How POPE reads an answer: as no if its first sentence contains the word "No", "no" or "not", otherwise as yes."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "no", "not"} & set(words)
 
 
-# Scores of many answers: from (text, right answers) pairs to the columns of the table
+# Scores of many answers: from (text, ground truth) pairs to the columns of the table
 
 
 def mean_of(score: Callable[[str, Sequence[str]], float]) -> Callable[[list], dict[str, float]]:
-    """The table's columns for a score that is simply averaged."""
+    """The table's columns for a score that is averaged over the answers."""
     return lambda pairs: {"accuracy": sum(score(text, answers) for text, answers in pairs) / len(pairs)}
 
 
 def pope(pairs: list[tuple[str, Sequence[str]]]) -> dict[str, float]:
-    """POPE's figures, with yes as the positive class; what would be divided by zero is 0."""
+    """POPE's metrics, with yes as the positive class; a division by zero counts as 0."""
     outcomes = [(says_yes(text), answers[0].strip().lower() != "no") for text, answers in pairs]
     tp, fp, fn, tn = (outcomes.count(kind) for kind in [(True, True), (True, False), (False, True), (False, False)])
     precision, recall = tp / max(1, tp + fp), tp / max(1, tp + fn)
@@ -139,7 +140,7 @@ METRICS = {
 
 
 def score_table(questions: list[dict], texts: list[str], metric: str) -> str:
-    """One line for each category, in the order of their first questions, and one for all questions; in percent."""
+    """One line per category, in order of first appearance, and one for all questions; in percent."""
     groups: dict[str, list] = {}
     for question, text in zip(questions, texts, strict=True):
         groups.setdefault(str(question.get("category", "")), []).append((text, question["answers"]))
@@ -161,7 +162,7 @@ def read_lines(file: Path) -> list[dict]:
     """The objects of a JSON-lines file.
 
     Raises:
-        ValueError: a line is something else, or has no "question_id" or "text".
+        ValueError: a line is not an object with "question_id" and "text".
     """
     entries = []
     for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
@@ -171,57 +172,57 @@ def read_lines(file: Path) -> list[dict]:
             except ValueError as error:
                 raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from error
             if not isinstance(entries[-1], dict) or not {"question_id", "text"} <= entries[-1].keys():
-                raise ValueError(f'{file}, line {number} has to be an object with "question_id" and "text"')
+                raise ValueError(f'{file}, line {number} must be an object with "question_id" and "text"')
     return entries
 
 
 def read_questions(file: Path, suffix: str, metric: str) -> list[dict]:
-    """Reads a question file; each entry gets its "prompt" (text and suffix) and "answers" (a list).
+    """Reads a question file, and adds "prompt" (text and suffix) and "answers" (a list) to each entry.
 
     Raises:
-        ValueError: a line is wrong, a question is there twice, or has not the answers that the metric compares with.
+        ValueError: a line is invalid, a question appears twice, or its ground truth is not what the metric needs.
     """
     questions = read_lines(file)
-    fewest = 4 if metric == "vqa" else 1  # with fewer, no answer could be wholly right
+    fewest = 4 if metric == "vqa" else 1  # with fewer, no answer could score 1
     seen = set()
     for question in questions:
         question["prompt"] = question["text"] + suffix
         history = question.setdefault("history", [])
         if not isinstance(history, list) or not all(is_turn(turn) for turn in history):
-            raise ValueError(f"{file}: question {question['question_id']} has a history that is no list of turns")
+            raise ValueError(f"{file}: question {question['question_id']} has a history that is not a list of turns")
         answers = question.get("answers", question.get("answer"))
         answers = answers if isinstance(answers, list) else [answers]
-        answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]  # VQA's own form
+        answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]  # VQA's format
         question["answers"] = [str(answer) for answer in answers if answer is not None]
         allowed = {"pope": r"(?i)\s*(yes|no)\s*", "letter": r"\s*[A-Ha-h]\s*"}.get(metric, "(?s).*")
         if not all(re.fullmatch(allowed, answer) for answer in question["answers"]):
-            raise ValueError(f"{file}: question {question['question_id']} has an answer that {metric} does not know")
+            raise ValueError(f"{file}: question {question['question_id']} has an answer that is invalid for {metric}")
         if len(question["answers"]) < fewest:
             needed = f'"answers", a list of {fewest} or more' if fewest > 1 else '"answer", or a list "answers"'
             raise ValueError(f"{file}: question {question['question_id']} needs {needed} for the metric {metric}")
         if key(question) in seen:
-            raise ValueError(f"{file}: question {question['question_id']} is there twice with the same text")
+            raise ValueError(f"{file}: question {question['question_id']} appears twice with the same text")
         seen.add(key(question))
     if not questions:
-        raise ValueError(f"{file} has no questions")
+        raise ValueError(f"{file} contains no questions")
     return questions
 
 
 def is_turn(turn: object) -> bool:
-    """Whether it is an earlier question with its answer."""
+    """Whether this is a pair of a question and its answer."""
     return isinstance(turn, list) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
 
 
 def key(entry: dict) -> tuple[str, str]:
-    """What makes a question or an answer the same one: some benchmarks use an id for two questions."""
+    """What identifies a question or an answer: some benchmarks use one id for two questions."""
     return str(entry["question_id"]), entry["prompt"]
 
 
 def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dict[tuple[str, str], str]:
-    """The answers that an earlier run has written; a last line that it was stopped in is cut off.
+    """The answers that an earlier run wrote. If it was stopped in the middle of a line, that line is removed.
 
     Raises:
-        ValueError: the file is damaged, or its answers are to other prompts, or by another model.
+        ValueError: the file is damaged, or contains answers to other prompts or from another model.
     """
     if not file.exists():
         return {}
@@ -229,7 +230,7 @@ def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dic
     last = content[content.rfind(b"\n") + 1 :]
     try:
         json.loads(last or b"{}")
-        if last:  # complete but for its line feed
+        if last:  # complete except for its line feed
             file.write_bytes(content + b"\n")
     except ValueError:
         os.truncate(file, len(content) - len(last))
@@ -237,9 +238,9 @@ def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dic
     asked = {key(question) for question in questions}
     for entry in entries:
         if "prompt" not in entry or key(entry) not in asked:
-            raise ValueError(f"{file} answers other prompts (at question {entry['question_id']}): choose another --out")
+            raise ValueError(f"{file} answers other prompts (question {entry['question_id']}): choose another --out")
         if model_id not in (None, entry.get("model_id")):
-            raise ValueError(f"{file} has answers of the model {entry.get('model_id')}: choose another --out")
+            raise ValueError(f"{file} contains answers from the model {entry.get('model_id')}: choose another --out")
     return {key(entry): entry["text"] for entry in entries}
 
 
@@ -254,7 +255,7 @@ def answer_questions(
     system: str = "",
     max_new_tokens: int = 128,
 ) -> list[str]:
-    """The answers to a batch of questions, decoded greedily; `read_questions` says what a question is.
+    """Answers a batch of questions from `read_questions`, with greedy decoding.
 
     Raises:
         OSError, ValueError: an image is missing or damaged, or a prompt is too long.
@@ -269,25 +270,25 @@ def answer_questions(
             turns[0] = (first if IMAGE_TOKEN in first else f"{IMAGE_TOKEN}\n{first}", turns[0][1])
         prompts.append(processor.tokenizer.encode_chat(turns, system)[0])
     inputs = processor.prepare(prompts, pictures, padding=True).to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    ids = model.generate(inputs.input_ids, inputs.get("pixel_values"), inputs.attention_mask, max_new_tokens)
     new = ids[:, inputs.input_ids.shape[1] :]
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
-    parser = argparse.ArgumentParser(prog="evaluate.py", description="Answers questions with a LLaVA and scores it.")
+    """Parses the command line; invalid options end in a usage message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="evaluate.py", description="Answers questions and scores the answers.")
     add = parser.add_argument
-    add("--model", help="checkpoint folder or hub name; can be left out when all answers are there")
+    add("--model", help="checkpoint folder or hub name; not needed once all questions are answered")
     add("--questions", required=True, type=Path, help="a JSON-lines file")
-    add("--images", type=Path, default=Path(), help="the folder that the image paths start from (default: this one)")
-    add("--out", required=True, type=Path, help="the JSON-lines file for the answers; what it has is not asked again")
+    add("--images", type=Path, default=Path(), help="folder that image paths are relative to (default: current)")
+    add("--out", required=True, type=Path, help="JSON-lines file for the answers; what it already answers is skipped")
     add("--metric", required=True, choices=METRICS)
     add("--batch", type=int, default=8, help="questions answered at once (default: %(default)s)")
-    add("--max-new-tokens", type=int, default=128, help="the longest answer (default: %(default)s)")
+    add("--max-new-tokens", type=int, default=128, help="maximum length of an answer (default: %(default)s)")
     add("--short", action="store_true", help="ask for a single word or phrase")
-    add("--system", default=VICUNA_SYSTEM, help="opens every prompt; '' leaves it out (default: Vicuna's sentence)")
-    add("--image-mode", choices=["crop", "pad"], help="default: what the checkpoint says; the paper padded")
+    add("--system", default=VICUNA_SYSTEM, help="system prompt; '' for none (default: Vicuna's)")
+    add("--image-mode", choices=["crop", "pad"], help="default: the checkpoint's setting; the paper uses pad")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args()
     if args.batch < 1 or args.max_new_tokens < 1:
@@ -296,7 +297,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answers what is not yet answered, and prints the table."""
+    """Answers the questions that have no answer yet, and prints the table."""
     questions = read_questions(args.questions, SHORT_ANSWER if args.short else "", args.metric)
     model_id = args.model and Path(args.model).resolve().name
     texts = read_answers(args.out, questions, model_id)
@@ -327,9 +328,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
+    """The command line: exit code 0; 1 after one sentence on stderr; 2 for invalid options."""
     args = parse_arguments()
-    hint = "interrupted; the same command goes on with the questions that are left"
+    hint = "interrupted; the same command continues with the remaining questions"
     command_line("evaluate.py", lambda: run(args), hint)
 
 

@@ -1,14 +1,14 @@
-"""Words: text to token ids and back, and the chat prompt that LLaVA was trained on.
+"""The tokenizer: text to token ids and back, and the chat prompt that LLaVA was trained on.
 
     "USER: <image>\\nWhat is this? ASSISTANT:"  ->  [1, 3148, 1001, 29901, 29871, 32000, 29871, 13, ...]
     [319, 6635, 29889]                         ->  "A cat."
 
-LLaVA speaks Llama's SentencePiece BPE (`tokenizer.model`: 32000 pieces, byte fallback, a space put in front of every
-text) and the tokens that LLaVA added behind it: `<image>` 32000 marks where a picture goes, `<pad>` 32001 fills up
-batches. Everything here is plain Python on lists of ids; no tensors.
+LLaVA uses Llama's SentencePiece BPE (`tokenizer.model`: 32000 pieces, byte fallback, a space prefixed to every text)
+and two added tokens: `<image>` 32000 is the placeholder of an image, `<pad>` 32001 pads batches. Everything here is
+plain Python on lists of ids, without tensors.
 
-Sources: SentencePiece (arXiv 1808.06226) for the pieces, the "legacy" LlamaTokenizer of transformers for the split at
-special tokens and the decoding of bytes, conversation mode `vicuna_v1` of LLaVA for the chat prompt.
+Sources: SentencePiece (arXiv 1808.06226) for the pieces; transformers' "legacy" LlamaTokenizer for the split at special
+tokens and the decoding of bytes; LLaVA's conversation mode `vicuna_v1` for the chat prompt.
 """
 
 import re
@@ -17,29 +17,31 @@ from pathlib import Path
 
 import sentencepiece
 
-from check import read_json
+from extras.files import read_json
 
 IMAGE_TOKEN = "<image>"
-SPACE = "\u2581"  # "▁": how SentencePiece writes a space inside a piece
+SPACE = "\u2581"  # "▁", which stands for a space inside a piece
 
-# The sentence that opened every training conversation of LLaVA-1.5; transformers' documentation leaves it out.
+# The system prompt of every training conversation of LLaVA-1.5; transformers' documentation leaves it out.
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
-# The paper's response-format prompt (section 3.2): appended to a question, it asks for a short answer.
+# The paper's response-format prompt (section 3.2), appended to a question to get a short answer.
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 
 
 class LlamaTokenizer:
-    """A SentencePiece model and the tokens that were added behind its vocabulary.
+    """A SentencePiece model and the tokens that were added to its vocabulary.
 
     Args:
-        model_file: the SentencePiece model; a ValueError says if it is none.
-        added_tokens: text of each added token -> its id; `<image>` has to be among them.
-        special: those added tokens that `skip_special_tokens` leaves out of decoded text; None means all of them.
-        add_bos_token: whether encoded text opens with `<s>`.
-        pad_token: the token that fills up batches; where there is no such token, `<unk>` serves.
+        model_file: the SentencePiece model.
+        added_tokens: text of each added token -> its id; `<image>` must be one of them.
+        special: the added tokens that `skip_special_tokens` omits from decoded text; None means all.
+        add_bos_token: whether encoded text starts with `<s>`.
+        pad_token: the token that pads batches; `<unk>` if there is no such token.
+
+    Raises a ValueError if the file is not a SentencePiece model of Llama's kind, or the added tokens do not fit it.
     """
 
     def __init__(
@@ -52,7 +54,7 @@ class LlamaTokenizer:
     ) -> None:
         content = Path(model_file).read_bytes()
         if content.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{model_file} is a git-lfs pointer and not the file itself: run git lfs pull")
+            raise ValueError(f"{model_file} is a git-lfs pointer, not the file itself: run git lfs pull")
         try:
             self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")  # b"" means "none yet"
             texts = self.pieces.id_to_piece(list(range(len(self.pieces))))
@@ -61,14 +63,16 @@ class LlamaTokenizer:
         if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
             raise ValueError(f"{model_file} has no <s> or no </s>, so it is not Llama's")
         if IMAGE_TOKEN not in added_tokens:
-            raise ValueError(f"the tokenizer of {Path(model_file).parent} has no token {IMAGE_TOKEN}: not a LLaVA?")
+            raise ValueError(
+                f"the tokenizer of {Path(model_file).parent} has no {IMAGE_TOKEN} token: is this a LLaVA checkpoint?"
+            )
         by_id = dict(enumerate(texts))
         for text, token_id in sorted(added_tokens.items(), key=lambda item: item[1]):
             if by_id.setdefault(token_id, text) != text or not 0 <= token_id < len(by_id):
-                there = f"it is {by_id[token_id]}" if by_id[token_id] != text else f"{len(by_id) - 1} is the next one"
+                there = f"that is {by_id[token_id]}" if by_id[token_id] != text else f"the next id is {len(by_id) - 1}"
                 raise ValueError(
-                    f"the added token {text} of {Path(model_file).parent} cannot have the id {token_id}, for {there}: "
-                    "tokenizer.model is another one, or its download is not complete"
+                    f"the added token {text} of {Path(model_file).parent} cannot have the id {token_id}: {there}; "
+                    "tokenizer.model is from another checkpoint, or its download is incomplete"
                 )
         control = [i for i in range(len(self.pieces)) if self.pieces.is_control(i) or self.pieces.is_unknown(i)]
         self.special_tokens = {self.pieces.id_to_piece(i): i for i in control} | added_tokens
@@ -78,13 +82,13 @@ class LlamaTokenizer:
         self.bos_token_id, self.eos_token_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.image_token_id = added_tokens[IMAGE_TOKEN]
         self.pad_token_id = self.special_tokens.get(pad_token, self.pieces.unk_id())
-        # Longest first: of two tokens that begin alike, the longer one is meant.
+        # Longest first: if one token is the beginning of another, the longer one is matched.
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(map(re.escape, by_length))})")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "LlamaTokenizer":
-        """Reads `tokenizer.model` and, where they exist, `added_tokens.json` and `tokenizer_config.json`.
+        """Reads `tokenizer.model` and, if they exist, `added_tokens.json` and `tokenizer_config.json`.
 
         Raises a FileNotFoundError or ValueError that names the file that is missing or damaged.
         """
@@ -106,9 +110,9 @@ class LlamaTokenizer:
             pad_token = config.get("pad_token") or "<pad>"
             pad_token = str(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'tokenizer_config.json'} has tokens that are not as they should be") from error
+            raise ValueError(f"{folder / 'tokenizer_config.json'} has malformed tokens: {error!r}") from error
         if not all(text and type(text) is str and type(token_id) is int for text, token_id in added_tokens.items()):
-            raise ValueError(f"the added tokens of {folder} are not texts with ids: {str(added_tokens)[:200]}")
+            raise ValueError(f"the added tokens of {folder} must map texts to ids: {str(added_tokens)[:200]}")
         return cls(
             folder / "tokenizer.model",
             added_tokens,
@@ -120,15 +124,15 @@ class LlamaTokenizer:
     # From text to ids
 
     def encode(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[int]:
-        """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens have their meaning.
+        """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens are recognised.
 
-        The text is cut at special tokens, and each stretch between them is encoded on its own, with SentencePiece's
-        leading space. That is why a bare "▁" (29871) stands behind the image in a LLaVA prompt, where nobody typed one.
+        The text is split at special tokens and each segment is encoded on its own, with SentencePiece's leading space.
+        That is why a LLaVA prompt has a bare "▁" (29871) after the image, where nobody typed a space.
 
         Args:
-            text: any string; lone surrogates, which UTF-8 cannot hold, become U+FFFD.
-            add_special_tokens: open with `<s>`.
-            split_special_tokens: read special tokens as the plain characters that they are spelled with.
+            text: any string; lone surrogates, which UTF-8 cannot represent, become U+FFFD.
+            add_special_tokens: start with `<s>`.
+            split_special_tokens: treat special tokens as plain text.
         """
         ids = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
         if split_special_tokens:
@@ -141,20 +145,20 @@ class LlamaTokenizer:
     def encode_chat(
         self, turns: Sequence[tuple[str, str | None]], system: str = "", continued: bool = False
     ) -> tuple[list[int], list[bool]]:
-        """Encodes a conversation the way LLaVA-1.5 was trained on it (conversation mode `vicuna_v1`):
+        """Encodes a conversation in the format that LLaVA-1.5 was trained on (conversation mode `vicuna_v1`):
 
             <s>{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
 
-        What somebody typed never becomes a control token: `</s>` in a question or an answer is encoded as four plain
-        characters. The one exception is `<image>` in a question, which marks the place of an image.
+        Typed text never becomes a control token: `</s>` in a question or an answer is encoded as plain characters. The
+        one exception is `<image>` in a question, the placeholder of an image.
 
         Args:
-            turns: (question, answer) pairs. The answer None is still to be written: the prompt ends at "ASSISTANT:".
-            system: an opening sentence such as `VICUNA_SYSTEM`.
-            continued: these turns go on after an earlier `</s>`, so no `<s>` is put in front.
+            turns: (question, answer) pairs. An answer of None is to be generated: the prompt ends at "ASSISTANT:".
+            system: a system prompt such as `VICUNA_SYSTEM`.
+            continued: these turns follow an earlier `</s>`, so there is no `<s>` at the start.
 
         Returns:
-            The ids, and for each of them whether it belongs to an answer or its `</s>`, which is what training learns.
+            The ids, and for each of them whether it belongs to an answer or its `</s>`: the tokens that are learned.
         """
         ids = [self.bos_token_id] if self.add_bos_token and not continued else []
         is_answer = [False] * len(ids)
@@ -164,8 +168,8 @@ class LlamaTokenizer:
             lead = ""
             for segment in before_images:
                 ids += [*self._encode_plain(segment), self.image_token_id]
-            # "ASSISTANT:" and the answer are one stretch of text, but no piece reaches across the space between them,
-            # so the answer's ids are those that the prompt alone does not have.
+            # "ASSISTANT:" and the answer are encoded as one segment, but no piece spans the space between them, so the
+            # answer's ids are those that follow the ids of the prompt alone.
             answer_start = len(ids) + len(self._encode_plain(rest))
             ids += self._encode_plain(rest if answer is None else f"{rest} {answer}")
             if answer is not None:
@@ -174,28 +178,28 @@ class LlamaTokenizer:
         return ids, is_answer
 
     def _encode_plain(self, text: str) -> list[int]:
-        """SentencePiece alone, which never makes a control token out of text."""
+        """Encodes with SentencePiece alone, which never produces a control token from text."""
         return self.pieces.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     # From ids to text
 
     def convert_ids_to_tokens(self, ids: Iterable[int]) -> list[str | None]:
-        """The token behind each id as it stands in the vocabulary, such as "▁cat"; None beyond the vocabulary."""
+        """The token of each id as the vocabulary spells it, such as "▁cat"; None for ids beyond the vocabulary."""
         return [
             self.pieces.id_to_piece(i) if 0 <= i < len(self.pieces) else self.added_texts.get(i) for i in map(int, ids)
         ]
 
     def stream(self, ids: Iterable[int], skip_special_tokens: bool = False) -> Iterator[str]:
-        """Decodes ids while they arrive: yields text as soon as it is final, and all of it in the end.
+        """Decodes ids as they arrive: yields text as soon as it is final, and by the end all of it.
 
-        A character outside the vocabulary comes as several byte tokens, which are held back until they are complete.
-        What counts is the whole run of bytes: if it is not valid UTF-8, each of them becomes U+FFFD. Ids beyond the
-        vocabulary (the model's embedding has a few more rows than there are tokens) stand for no text.
+        A character outside the vocabulary is encoded as several byte tokens, which are held back until the run of bytes
+        ends; if the run is not valid UTF-8, each byte becomes U+FFFD. Ids beyond the vocabulary (the embedding matrix
+        has a few more rows than there are tokens) are skipped.
         """
         at_start, run = True, bytearray()
 
         def finish(text: str) -> Iterator[str]:
-            """The run of bytes so far and then `text`, less the one space that encoding put in front of it all."""
+            """Yields the run of bytes so far, then `text`, without the one space that encoding adds at the start."""
             nonlocal at_start
             if run:
                 try:
@@ -219,9 +223,9 @@ class LlamaTokenizer:
         yield from finish("")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Decodes ids (a list or a one-dimensional tensor) to text; `stream` says how."""
+        """Decodes ids (a list or a one-dimensional tensor) to text, as `stream` does."""
         return "".join(self.stream(map(int, ids), skip_special_tokens))
 
     def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
-        """Decodes each row of a batch."""
+        """Decodes each sequence of a batch."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]

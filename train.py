@@ -1,14 +1,14 @@
-"""LLaVA-1.5's two training stages, on any base checkpoint and any data in LLaVA's JSON format (see data.py).
+"""Trains LLaVA-1.5 in its two stages, from any base checkpoint, on any data in LLaVA's JSON format (extras/data.py).
 
     python train.py --stage align    --model BASE    --data captions.json      --images FOLDER --output ALIGNED
     python train.py --stage instruct --model ALIGNED --data conversations.json --images FOLDER --output FINAL
 
-`align` trains the projector on captions, `instruct` projector and decoder on conversations; the vision tower is frozen
-in both. Weights are float32 here; on a GPU the arithmetic is bfloat16 where autocast finds that safe. Several processes
-(`torchrun --nproc-per-node N train.py ...`) divide weights, optimiser state and batches among themselves with FSDP2.
+`align` trains the projector on captions; `instruct` trains the projector and the decoder on conversations. The vision
+tower is frozen in both. Weights are float32; on a GPU, autocast computes in bfloat16 where that is safe. Several
+processes (`torchrun --nproc-per-node N train.py ...`) shard weights, optimiser state and batches with FSDP2.
 
-All chance comes from --seed. A run that was stopped goes on when the same command line is given again, from the last
-save in the output folder, with the losses that it would have had.
+All randomness comes from --seed. After a stop, the same command line resumes the run from its last save in the output
+folder, with the losses that it would have had without the stop.
 
 Sources: LLaVA-1.5 (arXiv 2310.03744), section 3 and appendix A, and its released scripts for the hyperparameters.
 """
@@ -21,14 +21,14 @@ import itertools
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-if __name__ == "__main__" and callable(signal.getsignal(signal.SIGINT)):
-    # Until `command_line` takes over: no traceback of the imports below, which take seconds.
-    signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"\ntrain.py: interrupted\n"), os._exit(1)))
+from extras.terminal import command_line, handle_early_interrupt
+
+if __name__ == "__main__":
+    handle_early_interrupt("train.py")
 
 import torch
 import torch.distributed as dist
@@ -41,18 +41,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from check import command_line, read_json
-from data import ahead, collate, micro_batches, plan_epoch, read_data
-from llava import Inputs, LlavaForConditionalGeneration, LlavaProcessor, peak_memory, pick_device
-from load import write_json, write_whole
+from extras.data import collate, micro_batches, plan_epoch, prefetch, read_data
+from extras.files import read_json, write_atomically, write_json
+from extras.machine import peak_memory, pick_device
+from llava import LlavaForConditionalGeneration
+from processor import Inputs, LlavaProcessor
 from tokenizer import VICUNA_SYSTEM
 
 TRAINED = {"align": ("multi_modal_projector.",), "instruct": ("multi_modal_projector.", "language_model.")}
 # The paper's hyperparameters (appendix A) that differ between the stages.
 LEARNING_RATE, BATCH = {"align": 1e-3, "instruct": 2e-5}, {"align": 256, "instruct": 128}
-# What a stopped run needs to go on. A safetensors file, but nobody shall take it for the weights of a model.
+# What a run needs to resume: a safetensors file, named so that no loader takes it for the weights of a model.
 STATE_FILE = "trainer.state"
-# What must not change when a run goes on; micro-batch and number of processes may, since they only change roundings.
+# These must not change when a run resumes. Micro-batch and number of processes may: they only affect rounding.
 SETTINGS = ["stage", "model", "learning_rate", "batch", "epochs", "warmup_ratio", "weight_decay", "clip"]
 SETTINGS += ["max_length", "system", "seed"]
 
@@ -60,19 +61,19 @@ SETTINGS += ["max_length", "system", "seed"]
 
 
 def freeze(model: LlavaForConditionalGeneration, stage: str) -> None:
-    """Lets only what the stage trains have gradients; in particular, nothing is kept of the vision tower's work."""
+    """Enables gradients only for what the stage trains, so that no activations of the vision tower are kept."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(TRAINED[stage]))
 
 
 def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
-    """Keeps only the inputs of the decoder's layers for the backward pass, which computes the rest once more."""
+    """Keeps only the inputs of the decoder's layers for the backward pass, which recomputes everything else."""
     for layer in model.language_model.model.layers:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def shard(model: LlavaForConditionalGeneration, device: torch.device) -> None:
-    """Leaves each process a part of every parameter; a layer is whole only while it is computed."""
+    """Shards every parameter across the processes; a layer is gathered only while it is computed."""
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in [*model.vision_tower.encoder.layers, *model.language_model.model.layers]:
         fully_shard(layer.to(device), mesh=mesh)
@@ -80,7 +81,7 @@ def shard(model: LlavaForConditionalGeneration, device: torch.device) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor of which this process may have a part. Every process has to ask for it."""
+    """The full tensor, gathered if it is sharded. Every process has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -88,9 +89,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def answer_loss(model: nn.Module, inputs: Inputs) -> Tensor:
-    """The cross-entropy of the answers' tokens, summed over a micro-batch: (), float32.
+    """The cross-entropy of the answer tokens, summed over a micro-batch: (), float32.
 
-    The head runs only on the M of B * T positions whose next token is one to learn.
+    The head runs only at the M of B * T positions whose next token is learned.
     """
     learned = inputs.is_answer[:, 1:]  # (B, T - 1)
     keep = F.pad(learned, (0, 1))  # (B, T): position t predicts token t + 1
@@ -101,20 +102,19 @@ def answer_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 def train_step(
     model: nn.Module, optimizer: torch.optim.Optimizer, pieces: Iterable[Inputs], answers: int, clip: float
 ) -> tuple[float, float]:
-    """One step of the optimiser on one batch.
+    """One optimiser step on one batch; returns the loss, and its gradient norm before clipping.
 
-    The loss is the mean over all `answers` tokens that are learned in the batch, in all pieces and processes together,
-    so it does not matter how the batch is cut into `pieces`, this process's micro-batches. Returns the loss and the
-    norm of its gradient before it was clipped.
+    `pieces` are this process's micro-batches. The loss is the mean over all `answers` tokens that are learned in the
+    batch, across all pieces and processes, so it does not depend on how the batch is divided.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     device = next(model.parameters()).device
     total = torch.zeros((), device=device)
     for inputs in pieces:
-        # Every weight is used once, so keeping its rounded copy for a second time would only cost memory.
+        # Every weight is used once, so caching its rounded copy for a second use would only cost memory.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             loss = answer_loss(model, inputs.to(device)) / answers
-        (loss * world).backward()  # FSDP takes the mean of the processes' gradients, where their sum is wanted
+        (loss * world).backward()  # FSDP averages the processes' gradients; here they must be summed
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
@@ -125,24 +125,24 @@ def train_step(
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
-    """Of step 0, 1, ..., steps - 1: a straight rise from 0, then half a cosine down to 0."""
+    """For step 0, 1, ..., steps - 1: linear warm-up from 0, then cosine decay (half a period) to 0."""
     warmup = math.ceil(steps * warmup_ratio)
     if step < warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# Saving and going on
+# Saving and resuming
 
 
 def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, history: list, settings: dict) -> None:
-    """Writes the trained weights, the optimiser's averages, the losses so far and the settings.
+    """Writes the trained weights, the optimiser's moving averages, the losses so far and the settings.
 
-    The file replaces the one before it when it is complete and on the disk, so at any moment there is a complete one.
+    The file replaces the previous one once it is complete and on the disk, so there is a complete one at any moment.
     Every process has to call this; the first one writes.
     """
     first = not dist.is_initialized() or dist.get_rank() == 0
-    tensors = {"history:": torch.tensor(history, dtype=torch.float64)}  # (steps so far, 2): loss, gradient's norm
+    tensors = {"history:": torch.tensor(history, dtype=torch.float64)}  # (steps so far, 2): loss, gradient norm
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             for kind, tensor in {"weight": parameter.detach(), **optimizer.state[parameter]}.items():
@@ -150,34 +150,34 @@ def save_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, h
                 if first:
                     tensors[f"{kind}:{name}"] = tensor.cpu().contiguous()
     if first:
-        write_whole(file, lambda part: save_file(tensors, part, metadata={"settings": json.dumps(settings)}))
+        write_atomically(file, lambda part: save_file(tensors, part, metadata={"settings": json.dumps(settings)}))
 
 
 def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> list[tuple]:
-    """Puts what `save_state` wrote into model and optimiser, and returns the history.
+    """Restores model and optimiser from what `save_state` wrote, and returns the history.
 
     Raises:
-        ValueError: the settings of the stopped run were others, or the file is damaged.
+        ValueError: the stopped run had other settings, or the file is damaged.
     """
     parameters = dict(model.named_parameters())
     try:
         state = safe_open(file, "pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it to begin anew") from error
+        raise ValueError(f"{file} is damaged ({error}): delete it to start over") from error
     with state:
         before = json.loads(state.metadata()["settings"])
         changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
         if changed:
             raise ValueError(
-                f"{file.parent} holds a stopped run with other settings ({'; '.join(changed)}): "
-                "go on with the same ones, or choose another --output"
+                f"{file.parent} contains a stopped run with other settings ({'; '.join(changed)}): "
+                "resume it with the same ones, or choose another --output"
             )
         for key in sorted(state.keys()):
             kind, _, name = key.partition(":")
             if kind == "history":
                 continue
             parameter, tensor = parameters[name], state.get_tensor(key).clone()
-            if kind != "step":  # a number, which stays on the CPU
+            if kind != "step":  # a scalar, which stays on the CPU
                 tensor = tensor.to(parameter.device)
                 if isinstance(parameter, DTensor):
                     tensor = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
@@ -189,7 +189,7 @@ def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
 
 
 def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path) -> None:
-    """Writes the folder that transformers and llava.py load. Every process has to call this; the first one writes."""
+    """Writes a checkpoint folder for transformers and llava.py. Every process has to call this; the first writes."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard()
@@ -197,7 +197,7 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
         return
     processor.save_pretrained(folder)
     for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():  # whoever loads the folder has to pad as well, which CLIP's own processor cannot
+        if (folder / name).is_file():  # images must be padded as in training, which CLIP's own processor cannot do
             config = read_json(folder / name)
             settings = config if name == "preprocessor_config.json" else config.get("image_processor", {})
             settings |= {"do_pad": True, "image_processor_type": "LlavaImageProcessor"}
@@ -206,7 +206,7 @@ def save_model(model: LlavaForConditionalGeneration, processor: LlavaProcessor, 
 
 
 def plot_losses(history: list[tuple[float, float]], file: Path) -> bool:
-    """Draws the losses into a PNG; False if there is no matplotlib."""
+    """Plots the losses to a PNG file; returns False if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -223,27 +223,27 @@ def plot_losses(history: list[tuple[float, float]], file: Path) -> bool:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Reads the command line; what cannot be meant ends in a usage message and exit code 2."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Trains a LLaVA-1.5 in the paper's two stages.")
+    """Parses the command line; invalid options end in a usage message and exit code 2."""
+    parser = argparse.ArgumentParser(prog="train.py", description="Trains LLaVA-1.5 in the paper's two stages.")
     add = parser.add_argument
     add("--stage", required=True, choices=["align", "instruct"], help="train the projector, or projector and decoder")
     add("--model", required=True, help="base checkpoint: a folder, or a name on the Hugging Face hub")
     add("--data", required=True, type=Path, help="a file in LLaVA's JSON format")
-    add("--images", required=True, type=Path, help="the folder that the image paths in the data start from")
+    add("--images", required=True, type=Path, help="folder that the image paths in the data are relative to")
     add("--output", required=True, type=Path, help="folder for the trained checkpoint, loss.csv and loss.png")
-    add("--learning-rate", type=float, help="at its highest (default: 1e-3 for align, 2e-5 for instruct)")
-    add("--batch", type=int, help="samples per step, over all processes (default: 256 for align, 128 for instruct)")
-    add("--micro-batch", type=int, default=16, help="samples that one process computes at once (default: %(default)s)")
-    add("--epochs", type=int, default=1, help="passes through the data (default: %(default)s)")
-    add("--warmup-ratio", type=float, default=0.03, help="part of the steps (default: %(default)s)")
+    add("--learning-rate", type=float, help="peak value (default: 1e-3 for align, 2e-5 for instruct)")
+    add("--batch", type=int, help="samples per step, across all processes (default: 256 for align, 128 for instruct)")
+    add("--micro-batch", type=int, default=16, help="samples that a process computes at once (default: %(default)s)")
+    add("--epochs", type=int, default=1, help="passes over the data (default: %(default)s)")
+    add("--warmup-ratio", type=float, default=0.03, help="share of the steps for warm-up (default: %(default)s)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default: %(default)s)")
-    add("--clip", type=float, default=1.0, help="largest norm of the gradient (default: %(default)s)")
-    add("--max-length", type=int, default=2048, help="most tokens of a sequence, with image (default: %(default)s)")
-    add("--system", default=VICUNA_SYSTEM, help="opens every conversation, if not '' (default: Vicuna's sentence)")
-    add("--seed", type=int, default=0, help="decides the order of the data (default: %(default)s)")
-    add("--save-every", type=int, default=500, help="steps between saves to go on from (default: %(default)s)")
-    add("--gradient-checkpointing", action="store_true", help="compute layers twice, to need less memory")
-    add("--skip-broken", action="store_true", help="leave broken entries out, instead of refusing the data")
+    add("--clip", type=float, default=1.0, help="maximum gradient norm (default: %(default)s)")
+    add("--max-length", type=int, default=2048, help="maximum tokens per sequence, with image (default: %(default)s)")
+    add("--system", default=VICUNA_SYSTEM, help="system prompt of every conversation; '' for none (default: Vicuna's)")
+    add("--seed", type=int, default=0, help="determines the order of the data (default: %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between saves to resume from (default: %(default)s)")
+    add("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass, to save memory")
+    add("--skip-broken", action="store_true", help="skip broken entries instead of refusing the data")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
     args = parser.parse_args()
     args.learning_rate = LEARNING_RATE[args.stage] if args.learning_rate is None else args.learning_rate
@@ -252,33 +252,33 @@ def parse_arguments() -> argparse.Namespace:
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0")
     if not 0 <= args.warmup_ratio <= 1 or args.weight_decay < 0:
-        parser.error("--warmup-ratio must be between 0 and 1, and --weight-decay not below 0")
+        parser.error("--warmup-ratio must be between 0 and 1, and --weight-decay 0 or more")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains from the beginning, or from where a stopped run was saved, to the end."""
+    """Trains from the start, or from the last save of a stopped run, to the end."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        # The others wait while the first process writes what may be a hundred gigabytes.
+        # The timeout: all others wait while the first process writes what may be a hundred gigabytes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     state_file = args.output / STATE_FILE
     if not state_file.exists() and (args.output / "config.json").exists():
-        raise ValueError(f"{args.output} holds a checkpoint already: choose another --output")
+        raise ValueError(f"{args.output} already contains a checkpoint: choose another --output")
 
     processor = LlavaProcessor.from_pretrained(args.model)
-    processor.image_processor.do_pad = True  # as in the paper: all of the picture is seen
+    processor.image_processor.do_pad = True  # as in the paper, so that the whole image is seen
     model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, "cpu" if world > 1 else device)
     max_length = min(args.max_length, model.config.text_config.context_length)
-    samples, left_out = read_data(
+    samples, skipped = read_data(
         args.data, args.stage, processor, args.images, args.system, max_length, args.skip_broken
     )
-    if left_out and rank == 0:
-        print(f"train.py: {left_out}", file=sys.stderr)
+    if skipped and rank == 0:
+        print(f"train.py: {skipped}", file=sys.stderr)
     settings = {name: getattr(args, name) for name in SETTINGS} | {"samples": len(samples)}
     settings["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
 
@@ -292,13 +292,13 @@ def run(args: argparse.Namespace) -> None:
     history = load_state(state_file, model, optimizer, settings) if state_file.exists() else []
     plan = [batch for epoch in range(args.epochs) for batch in plan_epoch(samples, args.batch, f"{args.seed}/{epoch}")]
     shares = [micro_batches(batch, args.micro_batch, rank, world) for batch in plan[len(history) :]]
-    inputs = ahead(lambda rows: collate(rows, processor), itertools.chain.from_iterable(shares))
+    inputs = prefetch(lambda rows: collate(rows, processor), itertools.chain.from_iterable(shares))
 
     def rate(step: int) -> float:
         return learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)
 
     def line(step: int) -> str:
-        return f"{step + 1},{history[step][0]!r},{rate(step)!r},{history[step][1]!r}\n"  # digits enough to compare bits
+        return f"{step + 1},{history[step][0]!r},{rate(step)!r},{history[step][1]!r}\n"  # repr: exact to the last bit
 
     done = sum(map(len, plan[: len(history)]))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -312,7 +312,7 @@ def run(args: argparse.Namespace) -> None:
             answers = sum(int(sample.is_answer.sum()) for sample in plan[step])
             history.append(train_step(model, optimizer, itertools.islice(inputs, len(share)), answers, args.clip))
             if not all(map(math.isfinite, history[-1])):
-                raise ValueError(f"the loss or its gradient is no number at step {step + 1}: lower --learning-rate")
+                raise ValueError(f"the loss or its gradient is not finite at step {step + 1}: lower --learning-rate")
             table.write(line(step))
             table.flush()
             progress.set_postfix(loss=f"{history[-1][0]:.4f}", refresh=False)
@@ -322,7 +322,7 @@ def run(args: argparse.Namespace) -> None:
     save_model(model, processor, args.output)
     if rank == 0:
         if not plot_losses(history, args.output / "loss.png"):
-            print("train.py: there is no matplotlib, so the losses are in loss.csv alone", file=sys.stderr)
+            print("train.py: matplotlib is not installed, so the losses are only in loss.csv", file=sys.stderr)
         state_file.unlink()
         print(f"train.py: peak memory {peak_memory(device)}", file=sys.stderr)
     if world > 1:
@@ -331,9 +331,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command line: exit code 0, 1 with one sentence on stderr, or 2 for a wrong usage."""
+    """The command line: exit code 0; 1 after one sentence on stderr; 2 for invalid options."""
     args = parse_arguments()
-    command_line("train.py", lambda: run(args), "interrupted; the same command goes on from the last save")
+    command_line("train.py", lambda: run(args), "interrupted; the same command resumes from the last save")
 
 
 if __name__ == "__main__":

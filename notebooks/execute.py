@@ -1,9 +1,9 @@
-"""Executes the notebooks anew, stores their outputs, and copies the figures that the project's README shows.
+"""Runs the notebooks, stores their outputs, and updates the figures in images/, which the project's README shows.
 
     python notebooks/execute.py                   all of them, after the model or the code has changed
-    python notebooks/execute.py 03_llama.ipynb    some
+    python notebooks/execute.py 03_llama.ipynb    only the given ones
 
-A cell with the tag "readme-NAME" is where images/NAME.png comes from.
+The cell tagged "readme-NAME" produces images/NAME.png.
 """
 
 import base64
@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def readme_figures(notebook: nbformat.NotebookNode) -> dict[str, bytes]:
-    """{"NAME.png": the figure of the cell with the tag "readme-NAME"}."""
+    """{"NAME.png": the figure of the cell tagged "readme-NAME"}."""
     found = {}
     for cell in notebook.cells:
         names = [tag.removeprefix("readme-") for tag in cell.metadata.get("tags", []) if tag.startswith("readme-")]

@@ -1,7 +1,7 @@
-"""Drawing for the notebooks: pictures with their patches, heat maps over pictures, bars; and one style for all of it.
+"""Figures for the notebooks: pictures with their patches, heat maps over pictures, bars, tokens; all in one style.
 
-Every function draws into the matplotlib axes that it is given. Colours are told apart by the colour-blind, too
-(Okabe and Ito's palette; cividis for amounts, PuOr for what can be negative), and letters can be read on a projector.
+Every function draws into the matplotlib axes or figure that it is given. Colours are safe for the colour-blind (Okabe
+and Ito's palette; cividis for amounts, PuOr for signed values), and text is large enough for a projector.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ from torch import Tensor
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, YELLOW, GREY = "#CC79A7", "#56B4E9", "#F0E442", "#999999"
 PALETTE = [BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, YELLOW, GREY]
-AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps: from nothing to much; from negative through white to positive
-HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "ff"])  # from nothing to see to orange
+AMOUNT, SIGNED = "cividis", "PuOr"  # colour maps: from zero upwards; from negative through white to positive
+HEAT = LinearSegmentedColormap.from_list("heat", [VERMILION + "00", VERMILION + "ff"])  # from transparent to opaque
 
 
 def use_style() -> None:
-    """Sets fonts and colours for all figures of a notebook."""
+    """Sets the fonts and colours of all figures in a notebook."""
     plt.rcParams.update(
         {
             "figure.dpi": 72,
@@ -35,14 +35,14 @@ def use_style() -> None:
             "axes.spines.top": False,
             "axes.spines.right": False,
             "image.cmap": AMOUNT,
-            "image.interpolation": "nearest",  # shows pixels as they are, and makes figures a quarter as large
+            "image.interpolation": "nearest",  # shows the pixels unsmoothed; the stored figures are a quarter as large
             "lines.linewidth": 2.5,
         }
     )
 
 
 def show_picture(ax: Axes, picture: Image.Image | np.ndarray, title: str = "", grid: int = 0) -> None:
-    """A picture, and with `grid` its cut into grid x grid patches."""
+    """A picture; `grid` adds the lines that cut it into grid x grid patches."""
     side = np.asarray(picture).shape[0]
     ax.imshow(picture, extent=(0, side, side, 0))
     ax.set_title(title)
@@ -58,14 +58,15 @@ def show_heat(
 ) -> AxesImage:
     """One value per patch, as a heat map over a pale picture; the (P,) or (rows, columns) values start at the top left.
 
-    Of the picture the coloured things are left, in grey: the more colour, the darker, as one may be as bright as the
-    ground. Returns what a colour bar needs. The colours go from 0 to `largest`, or to the largest of the values.
+    Only the coloured objects of the picture are shown, in grey: the more saturated, the darker, because an object may
+    be as bright as the background. The colour scale goes from 0 to `largest`, or to the largest value. Returns the
+    heat map, which a colour bar needs.
     """
     values = np.asarray(values, dtype=float)
     rows = round(values.size**0.5)
     values = values.reshape(rows, -1)
     side = picture.width
-    colour = np.ptp(np.asarray(picture), axis=-1) & 0xE0  # (side, side), in as few tones as make a small notebook
+    colour = np.ptp(np.asarray(picture), axis=-1) & 0xE0  # (side, side); few tones keep the notebook small
     ax.imshow(colour, cmap="gray_r", vmin=-60, vmax=400, extent=(0, side, side, 0))
     heat = ax.imshow(values, cmap=HEAT, vmin=0, vmax=largest, extent=(0, side, side, 0))
     ax.set_title(title)
@@ -74,7 +75,7 @@ def show_heat(
 
 
 def bars(ax: Axes, labels: Sequence[str], values: Sequence[float], title: str = "", marked: int | None = None) -> None:
-    """Horizontal bars, the first on top, each with its value; one of them may be marked by its colour."""
+    """Horizontal bars from top to bottom, each with its value; `marked` is the index of one in another colour."""
     values = [float(value) for value in values]
     colours = [VERMILION if i == marked else BLUE for i in range(len(values))]
     ax.barh(range(len(values)), values, color=colours)
@@ -94,7 +95,7 @@ def show_tokens(
     per_row: int = 12,
     title: str = "",
 ) -> None:
-    """Tokens as coloured boxes, row by row, some of them framed."""
+    """Tokens as coloured boxes, row by row; some may be framed."""
     for i, (token, colour) in enumerate(zip(tokens, colours, strict=True)):
         row, column = divmod(i, per_row)
         ax.add_patch(plt.Rectangle((column, row), 0.92, 0.8, facecolor=colour, alpha=0.4))
@@ -107,7 +108,7 @@ def show_tokens(
 
 
 def mark_spans(ax: Axes, spans: dict[str, tuple[int, int]]) -> None:
-    """Coloured strips below an image with a column for each position: name -> from where, and up to before where."""
+    """Coloured strips below an image with one column per position: name -> (first position, first one after it)."""
     for (name, (start, end)), colour in zip(spans.items(), [BLUE, ORANGE, VERMILION, SKY], strict=False):
         ax.axvspan(start - 0.5, end - 0.5, -0.16, -0.04, color=colour, linewidth=0, clip_on=False, label=name)
     ax.tick_params(axis="x", length=0, pad=18)
@@ -124,7 +125,7 @@ def show_journey(
     probabilities: Sequence[float],
     answer: str,
 ) -> None:
-    """The way from pixels to words in seven panels: pixels (3, h, w), patches (P, Dv), projected (P, D), and texts."""
+    """The path from pixels to words in seven panels: pixels (3, h, w), patches (P, Dv), projected (P, D), and texts."""
     upper, middle, lower = fig.subfigures(3, 1, height_ratios=[1.25, 0.8, 1])
     grid = round(len(patches) ** 0.5)
     ax = upper.subplots(1, 4, width_ratios=[1, 1, 1.5, 1.5])
@@ -137,14 +138,14 @@ def show_journey(
         limit = values.abs().quantile(0.98).item()
         panel.imshow(values.T, cmap=SIGNED, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
         panel.set(title=f"{title} {tuple(values.shape)}", xlabel="patch", ylabel="channel")
-    place = prompt.index("<image>")
-    boxes = [*prompt[:place], f"<image>\nx {len(patches)}", *prompt[place + len(patches) :]]
-    colours = [SKY if i == place else ORANGE for i in range(len(boxes))]
+    first_image = prompt.index("<image>")
+    boxes = [*prompt[:first_image], f"<image>\nx {len(patches)}", *prompt[first_image + len(patches) :]]
+    colours = [SKY if i == first_image else ORANGE for i in range(len(boxes))]
     show_tokens(
-        middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors, blue: the patches"
+        middle.subplots(), boxes, colours, per_row=13, title=f"5 the prompt: {len(prompt)} vectors (blue: the patches)"
     )
     left, right = lower.subplots(1, 2, width_ratios=[1.6, 1])
-    bars(left, words, probabilities, "6 the decoder's next word: probabilities", marked=0)
+    bars(left, words, probabilities, "6 the decoder's next token: probabilities", marked=0)
     left.set_xlim(0, 1.15)
     right.set_axis_off()
     right.set_title("7 the answer")

@@ -1,9 +1,9 @@
-"""Compares this project with transformers at full width, on a photo: logits and tokens. Needs 12 GB of memory and disk.
+"""Compares logits and tokens with transformers at full width, on a photo. Needs 12 GB of memory and of disk.
 
     python tests/full_size.py photo.jpg
 
-The checkpoint has random weights in the shape of LLaVA-1.5-7B (CLIP ViT-L/14 at 336 pixels, a decoder 4096 wide), but
-for its depth: 2 decoder layers in place of 32. It is made in a temporary folder and deleted.
+The checkpoint has random weights and the shape of LLaVA-1.5-7B (CLIP ViT-L/14 at 336 pixels, hidden size 4096), except
+that the decoder has 2 layers instead of 32. It is written to a temporary folder, which is deleted.
 """
 
 import sys
@@ -17,8 +17,9 @@ from random_checkpoint import make_checkpoint
 from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from extras.images import load_image
 from llava import LlamaConfig, LlavaForConditionalGeneration, LlavaProcessor
-from vision import CLIPVisionConfig, load_image
+from vision import CLIPVisionConfig
 
 
 @torch.no_grad()
@@ -42,7 +43,7 @@ def compare(photo: str, tokens: int = 64) -> None:
             start = time.perf_counter()
             ids = model.generate(**inputs, max_new_tokens=tokens)
             seconds = time.perf_counter() - start
-            print(f"{kind.__module__}: prompt {prompt_seconds:.1f} s, {tokens} tokens with the prompt {seconds:.1f} s")
+            print(f"{kind.__module__}: prompt {prompt_seconds:.1f} s, prompt and {tokens} tokens {seconds:.1f} s")
             results[kind] = logits, ids
             del model
         (ours, our_ids), (theirs, their_ids) = results.values()

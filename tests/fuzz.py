@@ -36,14 +36,14 @@ from PIL import Image, PngImagePlugin
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from toy_data import draw_disc, entry, make_tiny_checkpoint
 
-import load
-from data import read_data
-from llava import KVCache, LlavaForConditionalGeneration, LlavaProcessor, parse_arguments
-from vision import load_image
+from extras.chat import parse_arguments
+from extras.data import read_data
+from extras.images import load_image
+from llava import KVCache, LlavaForConditionalGeneration, LlavaProcessor
 
 SECONDS, BYTES = 10, 2 * 10**9
 WORKS = "works"
-ROOT = Path(load.__file__).parent
+ROOT = Path(__file__).parents[1]
 VALUES = [None, True, False, -1, 0, 1, 2, 3, 7, 420, 448, 1001, 10**6, 2**31, 2**63, 10**30, 0.5, -1.5, 1e-320, 1e308]
 VALUES += [float("nan"), float("inf"), "", "x", "../x", "/etc/passwd", "\0", "\ud800", "llama", "float16", "gelu", "2"]
 VALUES += [[], {}, [1], [-2, -1], [[]], {"a": 1}, {"content": "<image>"}, {"shortest_edge": 3}, [0.5] * 3, ["x", None]]
@@ -391,7 +391,7 @@ def is_promised(error: BaseException) -> bool:
     if isinstance(error, Usage):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_here = Path(last.filename).parent == ROOT and "raise" in linecache.getline(last.filename, last.lineno)
+    raised_here = Path(last.filename).parent in (ROOT, ROOT / "extras") and "raise" in linecache.getline(last.filename, last.lineno)
     if isinstance(error, OSError):
         return bool(raised_here or error.filename)
     return type(error) is ValueError and raised_here and " " in str(error)

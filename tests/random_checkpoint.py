@@ -1,8 +1,8 @@
-"""Makes a small LLaVA checkpoint with random weights: complete in every file, but it has learned nothing.
+"""Makes a small LLaVA checkpoint with random weights: every file is there, but the model is untrained.
 
     python tests/random_checkpoint.py FOLDER
 
-The tests are made of such checkpoints, and whoever has no real one can try the command line on it.
+The tests use such checkpoints, and without a real one, the command line can be tried on it.
 """
 
 import json
@@ -18,8 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 from pretrain import train_tokenizer
 
+from extras.files import write_json
+from extras.saving import SHARD_BYTES
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from load import SHARD_BYTES, write_json
 from vision import CLIPVisionConfig
 
 SENTENCES = [
@@ -33,7 +34,7 @@ SENTENCES = [
 
 
 def write_processor_files(folder: Path, image_size: int, tokenizer_model: bytes | None = None) -> None:
-    """Writes the files of tokenizer and image processor as the checkpoints on the hub have them."""
+    """Writes the files of the tokenizer and the image processor, as in the checkpoints on the hub."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer_model = tokenizer_model or train_tokenizer(SENTENCES, vocab_size=420)
     count = len(sentencepiece.SentencePieceProcessor(model_proto=tokenizer_model))
@@ -58,7 +59,7 @@ def write_processor_files(folder: Path, image_size: int, tokenizer_model: bytes 
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
-    """Draws every parameter so that each one, norms and biases included, makes a difference to the output."""
+    """Randomises all parameters so that each of them, norms and biases included, affects the output."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -73,12 +74,14 @@ def make_checkpoint(folder: Path, vision: CLIPVisionConfig, text: LlamaConfig, s
     config = LlavaConfig(vision, text, image_token_id=420, pad_token_id=421)
     model = LlavaForConditionalGeneration(config)
     randomize(model, seed)
-    model.language_model.lm_head.weight.data[:259] *= 0.1  # few bytes and control tokens, so that answers are letters
+    model.language_model.lm_head.weight.data[:259] *= (
+        0.1  # bytes and control tokens become unlikely, so that answers are mostly letters
+    )
     model.save_pretrained(folder)
 
 
 def random_weights(name: str, shape: torch.Size) -> Tensor:
-    """A tensor that keeps activations at their size, and answers from ending: </s> (2) is never the likeliest."""
+    """A tensor that preserves the scale of activations, and keeps greedy decoding from choosing </s> (2)."""
     if len(shape) == 1:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     weights = torch.randn(shape).mul_(math.prod(shape[1:]) ** -0.5)
@@ -90,7 +93,7 @@ def random_weights(name: str, shape: torch.Size) -> Tensor:
 def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -> None:
     """Writes config.json and shards of at most 5 GB for a model on the meta device, in float16 as on the hub.
 
-    Memory holds one tensor at a time. There are no files of a tokenizer.
+    It holds one tensor in memory at a time. It writes no tokenizer files.
     """
     shards: list[dict[str, torch.Size]] = [{}]
     filled = 0
@@ -100,27 +103,28 @@ def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -
             shards, filled = [*shards, {}], 0
         shards[-1][name] = parameter.shape
         filled += size
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
-        file, header, end = f"model-{number:05}-of-{len(shards):05}.safetensors", {"__metadata__": {"format": "pt"}}, 0
-        for name, size in shard.items():
-            start, end = end, end + 2 * size.numel()
-            header[name] = {"dtype": "F16", "shape": list(size), "data_offsets": [start, end]}
+        file, end = f"model-{number:05}-of-{len(shards):05}.safetensors", 0
+        header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+        for name, shape in shard.items():
+            start, end = end, end + 2 * shape.numel()
+            header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+        text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, size in shard.items():
-                random_weights(name, size).half().numpy().tofile(out)
+            for name, shape in shard.items():
+                random_weights(name, shape).half().numpy().tofile(out)
         weight_map |= dict.fromkeys(shard, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "config.json", model.config.to_dict() | {"dtype": "float16"})
 
 
 def write_gguf(file: Path, model: LlavaForConditionalGeneration) -> None:
-    """Writes a decoder of the shape of this model for llama.cpp: matrices in Q8_0, one at a time, and a vocabulary.
+    """Writes a decoder of this model's shape for llama.cpp: matrices in Q8_0, one at a time, and a vocabulary.
 
-    (llama.cpp's RoPE pairs other channels than ours. With random weights that is no more than another order.)
+    llama.cpp's RoPE pairs channels differently. With random weights, that is only another order of channels.
     """
     import gguf
 
@@ -157,7 +161,7 @@ def write_gguf(file: Path, model: LlavaForConditionalGeneration) -> None:
     writer.close()
 
 
-# A million parameters. The vocabulary is larger than the tokenizer's 422, as that of the real checkpoints is.
+# A million parameters. The vocabulary is larger than the tokenizer's 422, as in the real checkpoints.
 SMALL_VISION = CLIPVisionConfig(64, 128, num_hidden_layers=3, num_attention_heads=4, image_size=56, patch_size=14)
 SMALL_TEXT = LlamaConfig(
     vocab_size=448,

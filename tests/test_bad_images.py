@@ -1,4 +1,4 @@
-"""An image file, URL or stream that is broken, hostile or merely odd is loaded within bounds, or refused by name."""
+"""Broken, hostile or unusual images from files, URLs and streams load within bounds or are refused by name."""
 
 import contextlib
 import io
@@ -18,7 +18,9 @@ from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import vision
-from vision import LlavaImageProcessor, load_image
+from extras import images
+from extras.images import load_image
+from vision import LlavaImageProcessor
 
 PHOTO = encoded(random_image(np.random.default_rng(0), (90, 60)), "JPEG")
 PNG = encoded(random_image(np.random.default_rng(0), (90, 60)), "PNG")
@@ -26,7 +28,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run 
 
 
 def png_of(width: int, height: int) -> bytes:
-    """A PNG that says it has this size, with a few bytes of pixels."""
+    """A PNG that claims this size but has only a few bytes of pixels."""
     chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -41,20 +43,20 @@ def with_exif(exif: bytes) -> bytes:
 BROKEN = {
     "empty": (b"", "is not an image that Pillow can read; try JPEG or PNG"),
     "text": (b"What is shown here?", "is not an image that Pillow can read"),
-    "a web page": (b"<!DOCTYPE html><html></html>", "is not an image that Pillow can read"),
+    "HTML": (b"<!DOCTYPE html><html></html>", "is not an image that Pillow can read"),
     "git-lfs": (b"version https://git-lfs.github.com/spec/v1\n", "is not an image that Pillow can read"),
-    "JPEG cut at half": (PHOTO[: len(PHOTO) // 2], "is a damaged image: image file is truncated"),
-    "PNG cut at half": (PNG[: len(PNG) // 2], "is a damaged image: image file is truncated"),
-    "JPEG of a header alone": (PHOTO[:20], "is a damaged image|is not an image"),
-    "PNG of a signature alone": (PNG[:8], "is a damaged image|is not an image"),
+    "half a JPEG": (PHOTO[: len(PHOTO) // 2], "is a damaged image: image file is truncated"),
+    "half a PNG": (PNG[: len(PNG) // 2], "is a damaged image: image file is truncated"),
+    "only a JPEG header": (PHOTO[:20], "is a damaged image|is not an image"),
+    "only a PNG signature": (PNG[:8], "is a damaged image|is not an image"),
     "decompression bomb": (png_of(50_000, 50_000), "has too many pixels"),
-    "fewer pixels than it says": (png_of(5000, 5000), "is a damaged image"),
-    "a program for Ghostscript": (EPS, "is not an image that Pillow can read"),
+    "fewer pixels than the header says": (png_of(5000, 5000), "is a damaged image"),
+    "EPS, which needs Ghostscript": (EPS, "is not an image that Pillow can read"),
 }
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_refused_by_name(name, tmp_path):
+def test_a_broken_image_file_is_refused_by_name(name, tmp_path):
     content, sentence = BROKEN[name]
     (tmp_path / "photo.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=f"photo.jpg {sentence}"):
@@ -71,55 +73,56 @@ def test_a_broken_file_is_refused_by_name(name, tmp_path):
         ("file:///etc/passwd", FileNotFoundError, "file:///etc/passwd"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_refused(name, error, sentence, tmp_path, monkeypatch):
+def test_a_path_without_a_file_is_refused(name, error, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(error, match=sentence):
         load_image(name)
 
 
-ODD = {
-    "1 x 1": encoded(Image.new("RGB", (1, 1)), "PNG"),
+UNUSUAL = {
+    "1 x 1 pixel": encoded(Image.new("RGB", (1, 1)), "PNG"),
     "palette with transparency": encoded(Image.new("P", (9, 6)), "PNG", transparency=b"\0\x80"),
-    "EXIF of nonsense": with_exif(b"nonsense"),
-    "EXIF cut off": with_exif(b"II*\0\x08\0\0\0\x05\0\x12\x01"),
-    "EXIF that points outside": with_exif(b"II*\0\xff\xff\xff\x7f"),
-    "an orientation that is none": with_exif(b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0"),
+    "nonsense in EXIF": with_exif(b"nonsense"),
+    "truncated EXIF": with_exif(b"II*\0\x08\0\0\0\x05\0\x12\x01"),
+    "EXIF offset past the end": with_exif(b"II*\0\xff\xff\xff\x7f"),
+    "undefined EXIF orientation": with_exif(b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x63\0\0\0\0\0\0\0"),
 }
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_an_odd_file_is_an_image_all_the_same(name, tmp_path):
-    (tmp_path / "odd").write_bytes(ODD[name])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_an_unusual_file_still_loads(name, tmp_path):
+    (tmp_path / "unusual").write_bytes(UNUSUAL[name])
     for pad in (False, True):
-        pixels = LlavaImageProcessor(size=42, crop_size=42, do_pad=pad)(load_image(str(tmp_path / "odd")))
+        pixels = LlavaImageProcessor(size=42, crop_size=42, do_pad=pad)(load_image(str(tmp_path / "unusual")))
         assert pixels.shape == (1, 3, 42, 42)
         assert pixels.isfinite().all()
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1), (1, 80_000)])
-def test_a_thread_of_an_image_is_refused_when_it_is_cropped(size):
-    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is too long and thin: cut it"):
+def test_cropping_refuses_an_image_that_is_too_thin(size):
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]} pixels is too long and thin: crop it, or try"):
         LlavaImageProcessor(size=336, crop_size=336)(Image.new("RGB", size))
 
 
-def test_a_thread_of_an_image_is_refused_where_padding_it_would_take_minutes():
-    with pytest.raises(ValueError, match=r"1 x 60000 pixels is too long and thin: cut it$"):
+def test_padding_refuses_a_thin_image_that_would_take_minutes():
+    with pytest.raises(ValueError, match=r"1 x 60000 pixels is too long and thin: crop it$"):
         LlavaImageProcessor(size=336, crop_size=336, do_pad=True)(Image.new("RGB", (1, 60_000)))
 
 
 @pytest.mark.parametrize("size", [(700, 90), (90, 700), (333, 334), (64, 64), (3, 900), (900, 3)])
-def test_padding_in_strips_gives_the_pixels_of_padding_at_once(size, monkeypatch):
+def test_padding_in_strips_matches_padding_at_once(size, monkeypatch):
     monkeypatch.setattr(vision, "STRIP_PIXELS", 10_000)
     settings = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "do_pad": True}
     image = random_image(np.random.default_rng(3), size)
     theirs = LlavaImageProcessorPil(**settings)(image, return_tensors="pt").pixel_values
-    assert (LlavaImageProcessor.from_dict(settings)(image) - theirs).abs().max() <= 1e-6
+    assert (LlavaImageProcessor(**settings)(image) - theirs).abs().max() <= 1e-6
 
 
 MEASURE = """
 import pathlib, re, sys, time
 sys.path.insert(0, {root!r})
-from vision import LlavaImageProcessor, load_image
+from extras.images import load_image
+from vision import LlavaImageProcessor
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 before, start = peak(), time.perf_counter()
 LlavaImageProcessor(size=336, crop_size=336, do_pad={pad})(load_image({path!r}))
@@ -134,7 +137,7 @@ LARGE = {
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_and_time_of_large_images_are_bounded(name, tmp_path, request):
     size, pad, megabytes = LARGE[name]
@@ -154,22 +157,22 @@ def test_memory_and_time_of_large_images_are_bounded(name, tmp_path, request):
 @pytest.mark.parametrize(
     ("stdin", "sentence"),
     [
-        (None, "standard input, where an image was to come from, is closed"),
+        (None, "standard input is closed, so no image can be read from it"),
         (io.TextIOWrapper(io.BytesIO(b"")), "standard input is not an image"),
         (io.TextIOWrapper(io.BytesIO(PHOTO[:500])), "standard input is a damaged image"),
-        (io.TextIOWrapper(io.BytesIO(bytes(1001))), "standard input goes on for over"),
+        (io.TextIOWrapper(io.BytesIO(bytes(1001))), "standard input is over 0 MiB, too large for an image"),
     ],
-    ids=["closed", "empty", "cut", "endless"],
+    ids=["closed", "empty", "truncated", "too large"],
 )
 def test_standard_input_without_an_image_is_refused(stdin, sentence, monkeypatch):
     monkeypatch.setattr("sys.stdin", stdin)
-    monkeypatch.setattr(vision, "MAX_STREAM", 1000)
+    monkeypatch.setattr(images, "MAX_STREAM", 1000)
     with pytest.raises((OSError, ValueError), match=sentence):
         load_image("-")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
-def test_an_image_comes_through_a_pipe(tmp_path):
+def test_an_image_can_be_read_from_a_named_pipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(PHOTO,), daemon=True).start()
     assert load_image(str(tmp_path / "pipe")).size == (90, 60)
@@ -180,7 +183,7 @@ def test_an_image_comes_through_a_pipe(tmp_path):
 
 @contextlib.contextmanager
 def answers(*parts: bytes, pause: float = 0.0):
-    """A server that sends these bytes, one part after the other."""
+    """A server that sends these bytes, with a pause after each part; gives its URL."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         done = threading.Event()
 
@@ -204,29 +207,29 @@ def answer(body: bytes, status: str = "200 OK", *headers: str) -> bytes:
 
 
 URLS = {
-    "refused": ([answer(b"", "403 Forbidden")], "could not be fetched: HTTP Error 403"),
-    "not there": ([answer(b"", "404 Not Found")], "could not be fetched: HTTP Error 404"),
-    "redirects to a file": ([answer(b"", "302 Found", "Location: file:///etc/passwd")], "could not be fetched"),
-    "redirects to itself": ([answer(b"", "302 Found", "Location: /photo.jpg")], "could not be fetched"),
+    "refused": ([answer(b"", "403 Forbidden")], "could not be downloaded: HTTP Error 403"),
+    "not found": ([answer(b"", "404 Not Found")], "could not be downloaded: HTTP Error 404"),
+    "redirects to a file": ([answer(b"", "302 Found", "Location: file:///etc/passwd")], "could not be downloaded"),
+    "redirects to itself": ([answer(b"", "302 Found", "Location: /photo.jpg")], "could not be downloaded"),
     "not an image": ([answer(b"<html></html>")], "is not an image that Pillow can read"),
-    "cut off": ([answer(PHOTO[:300])], "is a damaged image"),
-    "shorter than promised": ([answer(PHOTO[:300], "200 OK", "Content-Length: 9999")], "is a damaged image"),
-    "not HTTP": ([b"SSH-2.0-OpenSSH\r\n"], "could not be fetched"),
-    "silent": ([], "could not be fetched"),
-    "endless": ([answer(b"x" * 10**6)] + [b"x" * 10**6] * 10, "could not be fetched: it is over 1 MiB"),
-    "slow": ([answer(b"x"), *[b"x"] * 99], "could not be fetched: it is .* or takes over 1 seconds"),
-    "slow in its headers": (
+    "truncated": ([answer(PHOTO[:300])], "is a damaged image"),
+    "shorter than Content-Length": ([answer(PHOTO[:300], "200 OK", "Content-Length: 9999")], "is a damaged image"),
+    "not HTTP": ([b"SSH-2.0-OpenSSH\r\n"], "could not be downloaded"),
+    "no response": ([], "could not be downloaded"),
+    "endless": ([answer(b"x" * 10**6)] + [b"x" * 10**6] * 10, "could not be downloaded: it is over 1 MiB"),
+    "slow body": ([answer(b"x"), *[b"x"] * 99], "could not be downloaded: it is .* or takes over 1 seconds"),
+    "slow headers": (
         [b"HTTP/1.0 200 OK\r\n", *[b"X: y\r\n"] * 99],
-        "could not be fetched: it is .* or takes over 1 seconds",
+        "could not be downloaded: it is .* or takes over 1 seconds",
     ),
 }
 
 
 @pytest.mark.parametrize("name", URLS)
-def test_a_url_that_gives_no_image_is_refused_in_time(name, monkeypatch):
+def test_a_url_without_an_image_is_refused_in_time(name, monkeypatch):
     parts, sentence = URLS[name]
-    monkeypatch.setattr(vision, "DOWNLOAD_SECONDS", 1)
-    monkeypatch.setattr(vision, "MAX_STREAM", 2**20)
+    monkeypatch.setattr(images, "DOWNLOAD_SECONDS", 1)
+    monkeypatch.setattr(images, "MAX_STREAM", 2**20)
     start = time.perf_counter()
     with (
         answers(*parts, pause=0.1 if "slow" in name else 0) as url,
@@ -237,6 +240,6 @@ def test_a_url_that_gives_no_image_is_refused_in_time(name, monkeypatch):
 
 
 @pytest.mark.parametrize("url", ["http://", "http://[", "http://127.0.0.1:1/x.png", "https://x:port/", "http://a b/\n"])
-def test_a_url_that_is_none_is_refused(url):
-    with pytest.raises(OSError, match="could not be fetched"):
+def test_an_invalid_url_is_refused(url):
+    with pytest.raises(OSError, match="could not be downloaded"):
         load_image(url)

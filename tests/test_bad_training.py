@@ -1,4 +1,4 @@
-"""Training that is killed, runs out of disk or is given broken data loses nothing that was finished."""
+"""Training that is killed, fills the disk or gets broken data: nothing that was saved is lost."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors import safe_open
 from tiny_training import CAPTIONS, MIXED, Workbench, entry, losses
 
-import load
 import train
-from data import read_data
+from extras import saving
+from extras.data import read_data
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 TRAIN = str(Path(train.__file__).resolve())
@@ -27,7 +27,7 @@ SHORT = ("--batch", 4, "--epochs", 6, "--save-every", 1, "--learning-rate", 1e-3
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    torch.set_num_threads(1)  # as in the processes that are started: sums are added up in the same order
+    torch.set_num_threads(1)  # as in the processes that are started, so that sums are added in the same order
     return Workbench(tmp_path_factory.mktemp("training"))
 
 
@@ -38,8 +38,8 @@ def environment(**more: str) -> dict[str, str]:
 # Killed
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_losses_of_one_that_is_not(bench):
-    """With a save after every step, most of the time is saving."""
+def test_a_run_that_is_killed_repeatedly_ends_with_the_same_losses(bench):
+    """It saves after every step, so most of its time is spent saving."""
     whole = bench.train("whole", MIXED, *SHORT)
     command = [sys.executable, TRAIN, *bench.arguments("killed", MIXED, *SHORT)]
     folder, rng, kills = bench.folder / "killed", random.Random(0), 0
@@ -55,7 +55,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_losses_of_one_that_i
         process.kill()
         process.wait()
         if state.exists():
-            with safe_open(state, "pt") as saved:  # complete, whatever moment it was
+            with safe_open(state, "pt") as saved:  # complete, whenever the run was killed
                 assert saved.get_tensor("history:").shape[1] == 2
     assert kills
     if not (folder / "config.json").exists() or (folder / train.STATE_FILE).exists():
@@ -67,9 +67,10 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_losses_of_one_that_i
 SAVE_FOREVER = """
 import sys
 sys.path.insert(0, {root!r})
-import torch, load
+import torch
+from extras import saving
 from llava import LlavaForConditionalGeneration
-load.SHARD_BYTES = {shard_bytes}
+saving.SHARD_BYTES = {shard_bytes}
 model = LlavaForConditionalGeneration.from_pretrained({base!r})
 norm = model.language_model.model.norm.weight  # in the last shard; the projector is in an earlier one
 for number in range({first}, 10**6):
@@ -81,13 +82,13 @@ for number in range({first}, 10**6):
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 200_000], ids=["one file", "shards"])
-def test_a_save_that_is_killed_leaves_the_model_of_before_or_the_new_one(shard_bytes, bench, tmp_path, request):
+def test_a_save_that_is_killed_leaves_the_old_model_or_the_new_one(shard_bytes, bench, tmp_path, request):
     root, rng, last = str(request.config.rootpath), random.Random(1), -1
     for _ in range(4):
         options = {"base": str(bench.folder / "base"), "folder": str(tmp_path / "saved"), "first": last + 1}
         script = SAVE_FOREVER.format(root=root, shard_bytes=shard_bytes, **options)
         process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=environment())
-        process.stdout.readline()  # one is complete
+        process.stdout.readline()  # the first save is complete
         time.sleep(rng.random() * 0.2)
         process.kill()
         finished = [last + 1, *map(int, process.stdout.read().split())]
@@ -103,7 +104,7 @@ def test_a_save_that_is_killed_leaves_the_model_of_before_or_the_new_one(shard_b
 
 
 def limited(size: int):
-    """Lets no file of the process grow beyond this size."""
+    """Makes a function that limits the size of every file that the process writes."""
 
     def limit() -> None:
         import resource
@@ -115,7 +116,7 @@ def limited(size: int):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limits")
 @pytest.mark.parametrize(("size", "file"), [(100_000, train.STATE_FILE), (10, "loss.csv|reading or writing failed")])
-def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(size, file, bench):
+def test_a_full_disk_ends_in_a_sentence_and_the_run_resumes_once_there_is_room(size, file, bench):
     output = f"full{size}"
     command = [sys.executable, TRAIN, *bench.arguments(output, MIXED, *SHORT[:2], "--save-every", 2)]
     result = subprocess.run(command, env=environment(), capture_output=True, text=True, preexec_fn=limited(size))
@@ -124,12 +125,12 @@ def test_a_full_disk_is_a_sentence_and_the_run_goes_on_when_there_is_room(size, 
     assert "Traceback" not in result.stderr
     assert any(name in said for name in file.split("|")) and said.startswith("train.py: "), said
     folder = bench.folder / output
-    assert not list(folder.glob("*.part")), "what could not be completed is in the way"
+    assert not list(folder.glob("*.part")), "an incomplete file is left behind"
     bench.train(output, MIXED, *SHORT[:2], "--save-every", 2)
     LlavaForConditionalGeneration.from_pretrained(folder)
 
 
-def test_a_model_that_cannot_be_saved_leaves_the_one_before(bench, tmp_path, monkeypatch):
+def test_a_model_that_cannot_be_saved_leaves_the_previous_one(bench, tmp_path, monkeypatch):
     folder = shutil.copytree(bench.folder / "base", tmp_path / "copy")
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     before = (folder / "model.safetensors").read_bytes()
@@ -138,18 +139,18 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_before(bench, tmp_path, mon
         file.write_bytes(b"half of it")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(load, "save_file", fail)
+    monkeypatch.setattr(saving, "save_file", fail)
     with pytest.raises(OSError, match=r"copy/model.safetensors could not be written: No space left on device"):
         model.save_pretrained(folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert not list(folder.glob("*.part"))
 
 
-def test_a_state_that_is_damaged_is_named(bench):
+def test_a_damaged_state_is_named(bench):
     folder = bench.folder / "damaged"
     folder.mkdir()
     (folder / train.STATE_FILE).write_bytes(b"half of a file")
-    with pytest.raises(SystemExit, match=r"trainer.state is damaged .*: delete it to begin anew"):
+    with pytest.raises(SystemExit, match=r"trainer.state is damaged .*: delete it to start over"):
         bench.train("damaged", CAPTIONS, stage="align")
 
 
@@ -166,15 +167,15 @@ def processor(bench):
 
 FILES = {
     "empty": ("", "is not valid JSON"),
-    "cut off": ('[{"conversations": ', "is not valid JSON"),
+    "truncated": ('[{"conversations": ', "is not valid JSON"),
     "deep": ("[" * 100_000, "is not valid JSON"),
-    "not a list": ("{}", "holds a dict where a list of entries was expected"),
-    "no entries": ("[]", "has no entries to learn from"),
+    "not a list": ("{}", "contains a dict where a list of entries was expected"),
+    "no entries": ("[]", "contains no entries"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_data_is_refused(name, processor, bench, tmp_path):
+def test_an_invalid_data_file_is_refused(name, processor, bench, tmp_path):
     text, sentence = FILES[name]
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(ValueError, match=f"data.json {sentence}"):
@@ -182,27 +183,27 @@ def test_a_file_that_is_no_data_is_refused(name, processor, bench, tmp_path):
 
 
 ENTRIES = {
-    "no object": (["red.png"], "has no list of conversations"),
+    "not an object": (["red.png"], "has no list of conversations"),
     "no turns": ({"conversations": []}, "has no list of conversations"),
-    "turns that are texts": ({"conversations": ["What?", "red"]}, "has no list of conversations"),
-    "roles out of order": ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "human and gpt have to take turns"),
-    "roles of others": ({"conversations": [{"from": "user", "value": "a"}] * 2}, "the roles are user, user; human"),
-    "a question too many": (entry(None, "How?", "so", "Why?"), "human and gpt have to take turns, gpt last"),
-    "a number for a text": ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt"}]}, "that is not a text"),
-    "no mark": (entry("red.png", "Which?", "red"), "marks in its questions is 0, of images 1"),
-    "no image": (entry(None, "<image> Which?", "red"), "marks in its questions is 1, of images 0"),
-    "two marks": (entry("red.png", "<image><image> Which?", "red"), "marks in its questions is 2, of images 1"),
+    "turns that are strings": ({"conversations": ["What?", "red"]}, "has no list of conversations"),
+    "roles out of order": ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "human and gpt must alternate"),
+    "unknown roles": ({"conversations": [{"from": "user", "value": "a"}] * 2}, "the roles are user, user; human"),
+    "a question without an answer": (entry(None, "How?", "so", "Why?"), "human and gpt must alternate, gpt last"),
+    "value a number": ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt"}]}, "that is not a string"),
+    "no image token": (entry("red.png", "Which?", "red"), "tokens in its questions is 0, of images 1"),
+    "no image": (entry(None, "<image> Which?", "red"), "tokens in its questions is 1, of images 0"),
+    "two image tokens": (entry("red.png", "<image><image> Which?", "red"), "tokens in its questions is 2, of images 1"),
     "image missing": (entry("gone.png", "<image> Which?", "red"), "image is missing or damaged"),
-    "image a folder": (entry(".", "<image> Which?", "red"), "image is missing or damaged"),
-    "image cut off": (entry("cut.png", "<image> Which?", "red"), "image is missing or damaged"),
-    "image a program": (entry("program.png", "<image> Which?", "red"), "image is missing or damaged"),
-    "image no path": (entry("a\0b", "<image> Which?", "red"), "image is missing or damaged"),
-    "image a number": ({**entry("red.png", "<image> Which?", "red"), "image": 5}, "image is missing or damaged"),
+    "image is a folder": (entry(".", "<image> Which?", "red"), "image is missing or damaged"),
+    "image truncated": (entry("cut.png", "<image> Which?", "red"), "image is missing or damaged"),
+    "image is a program": (entry("program.png", "<image> Which?", "red"), "image is missing or damaged"),
+    "image not a path": (entry("a\0b", "<image> Which?", "red"), "image is missing or damaged"),
+    "image is a number": ({**entry("red.png", "<image> Which?", "red"), "image": 5}, "image is missing or damaged"),
 }
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_a_broken_entry_is_named_or_left_out(name, processor, bench, tmp_path):
+def test_a_broken_entry_is_named_or_skipped(name, processor, bench, tmp_path):
     broken, sentence = ENTRIES[name]
     file = tmp_path / "data.json"
     file.write_text(json.dumps([MIXED[0], broken, entry("grey.png", "<image> Which?", "gr\ud800ey")]))
@@ -210,10 +211,10 @@ def test_a_broken_entry_is_named_or_left_out(name, processor, bench, tmp_path):
         read_data(file, "instruct", processor, bench.folder / "pictures", "", 2048, skip_broken=False)
     samples, said = read_data(file, "instruct", processor, bench.folder / "pictures", "", 2048, skip_broken=True)
     assert [sample.entry for sample in samples] == [0, 2]
-    assert said.startswith(f"1 of 3 entries in {file} are broken and left out:\n  entry 1: ")
+    assert said.startswith(f"1 of 3 entries in {file} are broken and were skipped:\n  entry 1: ")
 
 
-def test_ctrl_c_says_how_to_go_on(bench):
+def test_ctrl_c_says_how_to_resume(bench):
     command = [sys.executable, TRAIN, *bench.arguments("stopped", MIXED, *SHORT)]
     process = subprocess.Popen(
         command,
@@ -227,5 +228,5 @@ def test_ctrl_c_says_how_to_go_on(bench):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert stderr.endswith(b"\ntrain.py: interrupted; the same command goes on from the last save\n")
+    assert stderr.endswith(b"\ntrain.py: interrupted; the same command resumes from the last save\n")
     assert b"Traceback" not in stderr

@@ -1,4 +1,4 @@
-"""bench.py: every figure is there, on a shape so small that they mean nothing."""
+"""bench.py: every table and figure is produced, on a shape too small for the figures to mean anything."""
 
 import importlib.util
 import json
@@ -14,6 +14,7 @@ import transformers
 from random_checkpoint import write_gguf, write_large_checkpoint
 
 import bench
+from extras import limits
 from llava import LlavaForConditionalGeneration
 from load import weight_bytes
 
@@ -23,7 +24,7 @@ SPEED_FIGURES = {bench.LOAD, bench.VISION, bench.FIRST, bench.SPEED, bench.MEMOR
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Runs bench.py in this process, its measuring included, which saves the start of many; returns what it printed."""
+    """Runs bench.py and its measurements in this process, because starting many is slow; returns what it printed."""
     monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
     monkeypatch.setattr(bench, "measure_alone", lambda *job: json.loads(json.dumps(bench.measure(*job))))
 
@@ -41,28 +42,31 @@ def test_every_table_is_printed_and_every_figure_written(call, tmp_path, monkeyp
     printed = call("--json", tmp_path / "figures.json").out
     for title in bench.TABLES.values():
         assert f"\n{title}\n\n| | " in printed
-    assert "What the machine can do, with 128 x 256 matrices:" in printed
+    assert "This machine's limits, with 128 x 256 matrices:" in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     assert {*bench.TABLES, "limits", "at best", "machine", "shape", "command"} == report.keys()
     assert list(report["speed"]) == CPU_CONTENDERS
     for name in CPU_CONTENDERS:
         assert report["speed"][name].keys() == SPEED_FIGURES
         assert report["at best"][name].keys() == {bench.VISION, bench.FIRST, bench.SPEED}
-    assert len(report["limits"]) == 2 * len(bench.KINDS)
+    assert len(report["limits"]) == 2 * len(limits.KINDS)
     for name in bench.OURS:
         assert list(report["batch"][name]) == [f"batch of {size}" for size in (1, 2, 4, 8)]
         assert len(report["context"][name]) == 4
-        assert list(report["chat"][name]) == ["first question: first token, s", "second question: first token, s"]
+        assert list(report["chat"][name]) == [
+            "first question: time to first token, s",
+            "second question: time to first token, s",
+        ]
     values = [
         values for table in bench.TABLES if table != "plan" for one in report[table].values() for values in one.values()
     ]
     assert all(len(rounds) == 1 and rounds[0] >= 0 for rounds in values)
-    for table in re.findall(r"(?:^\|.*\n)+", printed, flags=re.MULTILINE):  # as many cells in each line
+    for table in re.findall(r"(?:^\|.*\n)+", printed, flags=re.MULTILINE):  # every line has the same number of cells
         assert len({line.count("|") for line in table.splitlines()}) == 1
     assert len(re.findall(r"\d%", printed)) == 3 * len(CPU_CONTENDERS)
 
 
-def test_each_is_measured_in_a_process_of_its_own(tmp_path, request):
+def test_each_contender_is_measured_in_its_own_process(tmp_path, request):
     options = ["--tables", "chat", "--rounds", "1", "--tokens", "3", "--folder", tmp_path]
     command = [sys.executable, request.config.rootpath / "bench.py", *options]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -77,7 +81,7 @@ def test_each_is_measured_in_a_process_of_its_own(tmp_path, request):
     assert not list(tmp_path.iterdir())
 
 
-def test_one_that_fails_leaves_its_column_empty(call, monkeypatch):
+def test_a_contender_that_fails_leaves_its_column_empty(call, monkeypatch):
     measure = bench.measure_alone
     monkeypatch.setattr(bench, "measure_alone", lambda name, *job: {} if name == "llava int8" else measure(name, *job))
     printed = call("--tables", "batch", "--rounds", "3").out
@@ -94,31 +98,31 @@ def test_a_process_that_fails_is_named(capfd):
     assert "there is no folder /nowhere" in error and "Traceback" not in error
 
 
-def test_what_is_not_installed_is_left_out_with_a_sentence(call, monkeypatch):
+def test_a_contender_that_is_not_installed_is_left_out_with_a_reason(call, monkeypatch):
     find_spec = importlib.util.find_spec
     absent = ("llama_cpp", "transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
     printed = call("--tables", "batch", "--peer", "llama.cpp")
-    assert "llama.cpp Q8_0 is left out; for it, run: pip install llama-cpp-python gguf" in printed.err
-    assert "transformers float32 is left out; for it, run: pip install transformers" in printed.err
+    assert "llama.cpp Q8_0 is left out: it is not installed; run: pip install llama-cpp-python gguf" in printed.err
+    assert "transformers float32 is left out: it is not installed; run: pip install transformers" in printed.err
     assert "| | llava float32 | llava int8 |" in printed.out
 
 
-def test_what_does_not_fit_into_memory_is_left_out_with_a_sentence(monkeypatch, capsys):
+def test_a_contender_that_does_not_fit_into_memory_is_left_out_with_a_reason(monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 16 * 10**9)
     small = ["llava bfloat16", "llava float16", "llava int8", "transformers bfloat16"]
     assert bench.find_contenders(None, "7b") == small
     error = capsys.readouterr().err
-    assert "llava float32 is left out: it takes about 29.3 GB of memory, and 16.0 GB are free" in error
+    assert "llava float32 is left out: it needs about 29.3 GB of memory, and 16.0 GB are free" in error
 
 
-def test_weights_for_which_there_is_no_room_on_the_disk_are_a_sentence(call, monkeypatch):
+def test_weights_that_do_not_fit_on_the_disk_end_in_a_sentence(call, monkeypatch):
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda folder: bench.argparse.Namespace(free=10**6))
-    with pytest.raises(SystemExit, match=r"the weights take 0\.0 GB of disk, which is not there"):
+    with pytest.raises(SystemExit, match=r"the weights need 0\.0 GB of disk, more than is free"):
         call("--tables", "batch")
 
 
-def test_of_13b_there_is_the_plan_alone(call):
+def test_13b_has_only_the_plan(call):
     printed = call("--shape", "13b")
     assert "| 13b: weights + cache of 1000 tokens | 53.41 + 1.64 | 26.70 + 0.82 | 14.02 + 1.64 |" in printed.out
     assert bench.TABLES["speed"] not in printed.out and "writing" not in printed.err
@@ -127,22 +131,22 @@ def test_of_13b_there_is_the_plan_alone(call):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--shape", "13b", "--tables", "speed"), "of 13b there is only the table plan"),
+        (("--shape", "13b", "--tables", "speed"), "shape 13b has only the table plan"),
         (("--json", "/no/such/file.json"), "--json: there is no folder /no/such"),
     ],
 )
-def test_what_would_come_to_nothing_is_refused_at_once(arguments, sentence, call, capsys):
+def test_options_that_cannot_work_are_refused_at_once(arguments, sentence, call, capsys):
     with pytest.raises(SystemExit, match="2"):
         call(*arguments)
     printed = capsys.readouterr()
     assert sentence in printed.err and printed.out == ""
 
 
-def test_the_7b_path_works_with_shards_and_another_folder(call, tmp_path, monkeypatch):
+def test_shape_7b_works_with_shards_and_another_folder(call, tmp_path, monkeypatch):
     monkeypatch.setitem(bench.SHAPES, "7b", bench.SHAPES["tiny"])
     monkeypatch.setattr(random_checkpoint, "SHARD_BYTES", 700_000)
-    all_but_float32 = 10**9 + weight_bytes(bench.meta_model("7b")) - 1
-    monkeypatch.setattr(bench, "free_memory", lambda device: all_but_float32)
+    room_for_all_but_float32 = 10**9 + weight_bytes(bench.meta_model("7b")) - 1
+    monkeypatch.setattr(bench, "free_memory", lambda device: room_for_all_but_float32)
     files = []
     measure = bench.measure_alone
 
@@ -161,11 +165,9 @@ def test_the_7b_path_works_with_shards_and_another_folder(call, tmp_path, monkey
 @pytest.mark.parametrize(
     "name", ["llava float32", "llava float16", "transformers bfloat16", "llava int8", "llama.cpp Q8_0"]
 )
-def test_what_is_computed_is_counted(name):
-    limits = {
-        f"{kind}: {figure}": value for kind in bench.KINDS for figure, value in ((bench.GB_S, 1), (bench.GFLOP_S, 1))
-    }
-    best = bench.at_best(name, "tiny", limits)
+def test_the_figures_at_best_count_the_work_of_each_contender(name):
+    ones = {f"{kind}: {figure}": 1 for kind in limits.KINDS for figure in (limits.GB_S, limits.GFLOP_S)}
+    best = bench.at_best(name, "tiny", ones)
     layer, head = 4 * 128 * 128 + 3 * 128 * 256, 448 * 128
     sizes = {"llava float32": 4 * (4 * layer + head), "transformers bfloat16": 2 * (4 * layer + head)}
     sizes |= {"llava float16": 2 * (4 * layer + head)}
@@ -173,11 +175,11 @@ def test_what_is_computed_is_counted(name):
     assert best[bench.SPEED] == pytest.approx(1e9 / sizes[name])
     text = 2 * (600 * 4 * layer + head) + 4 * 4 * 600 * 600 * 128
     mlp = 3 * 128 * 256
-    if name.startswith("llava"):  # the last of the 4 layers makes all queries, keys and values, the rest for one token
+    if name.startswith("llava"):  # beyond queries, keys and values, the last of the 4 layers computes one token only
         text -= 599 * (2 * (128 * 128 + mlp) + 4 * 600 * 128)
     if name.startswith("llama.cpp"):
         text -= 599 * 2 * mlp
-    # 17 positions through 2 of 3 layers, their attention, patches and the projector
+    # 17 positions through 2 of 3 layers with their attention, the patch embedding, and the projector
     image = (
         2 * (2 * 17 * (4 * 64**2 + 2 * 64 * 128) + 16 * 3 * 14**2 * 64 + 16 * (64 * 128 + 128**2)) + 2 * 4 * 17**2 * 64
     )
@@ -186,14 +188,14 @@ def test_what_is_computed_is_counted(name):
     assert best[bench.FIRST] == pytest.approx((image + text) / 1e9)
 
 
-def test_int8_has_a_limit_also_where_onednn_multiplies_no_bytes(monkeypatch):
-    monkeypatch.setattr(bench, "products_of_bytes", lambda: False)
-    limits = bench.machine_limits("tiny")
-    assert limits.keys() == {f"{kind}: {figure}" for kind in bench.KINDS for figure in (bench.GB_S, bench.GFLOP_S)}
-    assert all(limit > 0 for limit in limits.values())
+def test_int8_has_limits_without_an_int8_kernel_too(monkeypatch):
+    monkeypatch.setattr(limits, "products_of_bytes", lambda: False)
+    found = limits.machine_limits(128, 256, layers=4)
+    assert found.keys() == {f"{kind}: {figure}" for kind in limits.KINDS for figure in (limits.GB_S, limits.GFLOP_S)}
+    assert all(limit > 0 for limit in found.values())
 
 
-# The files it makes
+# The files it writes
 
 
 def test_the_checkpoint_loads_here_and_in_transformers(tmp_path, monkeypatch, check):
@@ -222,18 +224,18 @@ print(peak() - before, max(p.numel() for p in model.parameters()), sum(p.numel()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-def test_writing_takes_the_memory_of_one_tensor(tmp_path, request):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
+def test_writing_needs_memory_for_one_tensor_at_a_time(tmp_path, request):
     script = WRITE.format(root=str(request.config.rootpath), folder=str(tmp_path))
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     peak, largest, total = map(int, output.split())
     print(
         f"peak {peak / 1e6:.0f} MB for {2 * total / 1e6:.0f} MB of weights, at most {largest / 1e6:.0f} M in a tensor"
     )
-    assert peak < 6 * largest + 60e6 < 2 * total  # in 32 and in 16 bits, and what libraries take
+    assert peak < 6 * largest + 60e6 < 2 * total  # the largest tensor in 32 and in 16 bits, and the libraries
 
 
-def test_llama_cpp_gets_all_it_needs(tmp_path):
+def test_the_gguf_file_has_everything_that_llama_cpp_needs(tmp_path):
     gguf = pytest.importorskip("gguf")
     model = bench.meta_model("tiny")
     write_gguf(tmp_path / "model.gguf", model)

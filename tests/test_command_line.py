@@ -1,4 +1,4 @@
-"""The command line, end to end: the answer alone on stdout, the rest on stderr, exit codes that mean something."""
+"""The command line, end to end: only the answer on stdout, everything else on stderr, and defined exit codes."""
 
 import io
 import os
@@ -18,13 +18,14 @@ from reference_tokenizer import reference_tokenizer
 from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+import llama
 import llava
 from tokenizer import VICUNA_SYSTEM
 
 
 @pytest.fixture(scope="session")
 def photo(tmp_path_factory):
-    """A JPEG that lies on its side, as phones write them."""
+    """A JPEG with an EXIF rotation, as phones write them."""
     path = tmp_path_factory.mktemp("photo") / "photo.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -34,7 +35,7 @@ def photo(tmp_path_factory):
 
 @pytest.fixture
 def run(request, checkpoint):
-    """Runs the command line with these arguments and the test's checkpoint."""
+    """Runs llava.py in a process of its own, with these arguments and the test's checkpoint."""
 
     def run(*args, stdin: bytes = b"", **options) -> subprocess.CompletedProcess:
         command = [sys.executable, request.config.rootpath / "llava.py", "--model", checkpoint, *args]
@@ -46,7 +47,7 @@ def run(request, checkpoint):
 
 @pytest.fixture
 def call(checkpoint, monkeypatch, capfdbinary):
-    """The same within this process, which is faster."""
+    """Runs llava.py within this process, which is faster."""
 
     def call(*args) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["llava.py", "--model", str(checkpoint), *map(str, args)])
@@ -64,7 +65,7 @@ def call(checkpoint, monkeypatch, capfdbinary):
 
 
 def their_answer(checkpoint, paths, text: str, do_pad: bool = False, **options) -> str:
-    """What transformers answers to a raw prompt."""
+    """The answer of transformers to a raw prompt."""
     processor = transformers.LlavaProcessor(
         LlavaImageProcessorPil.from_pretrained(checkpoint, do_pad=do_pad),
         reference_tokenizer(checkpoint / "tokenizer.model", {"<image>": 420, "<pad>": 421}),
@@ -79,7 +80,7 @@ def their_answer(checkpoint, paths, text: str, do_pad: bool = False, **options) 
     return processor.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def test_the_answer_is_that_of_transformers(run, checkpoint, photo):
+def test_the_answer_matches_transformers(run, checkpoint, photo):
     result = run("--image", photo, "--max-new-tokens", "24", "What is shown here?")
     expected = their_answer(checkpoint, [photo], "USER: <image>\nWhat is shown here? ASSISTANT:", max_new_tokens=24)
     assert result.stdout.decode() == expected + "\n"
@@ -87,20 +88,20 @@ def test_the_answer_is_that_of_transformers(run, checkpoint, photo):
     assert result.returncode == 0
 
 
-def test_several_images_padding_and_the_short_prompt_reach_the_model(call, checkpoint, photo):
+def test_several_images_pad_mode_and_short_match_transformers(call, checkpoint, photo):
     options = ["--image", photo, "--image", photo, "--image-mode", "pad", "--short", "--max-new-tokens", "24"]
     prompt = "USER: <image>\n<image>\nWhat? \nAnswer the question using a single word or phrase. ASSISTANT:"
     expected = their_answer(checkpoint, [photo, photo], prompt, do_pad=True, max_new_tokens=24)
     assert call(*options, "What? ").stdout.decode() == expected + "\n"
 
 
-def test_an_image_comes_from_standard_input(run, photo):
+def test_an_image_can_be_read_from_standard_input(run, photo):
     piped = run("--image", "-", "--max-new-tokens", "8", stdin=photo.read_bytes())
     assert piped.returncode == 0
     assert piped.stdout == run("--image", photo, "--max-new-tokens", "8", "What is shown in this image?").stdout
 
 
-def test_text_alone_is_answered_too(call, checkpoint):
+def test_a_question_without_an_image_is_answered(call, checkpoint):
     expected = their_answer(checkpoint, [], "USER: Hello ASSISTANT:", max_new_tokens=8)
     assert call("--max-new-tokens", "8", "Hello").stdout.decode() == expected + "\n"
 
@@ -110,7 +111,7 @@ def type_in(monkeypatch, *lines: str) -> None:
 
 
 @pytest.mark.parametrize("options", [[], ["--system"]])
-def test_a_chat_gives_the_answers_of_transformers_to_the_whole_conversation(
+def test_each_answer_of_a_chat_matches_transformers_on_the_whole_conversation(
     options, call, checkpoint, photo, monkeypatch
 ):
     type_in(monkeypatch, "What?", "", "And why?")
@@ -123,22 +124,24 @@ def test_a_chat_gives_the_answers_of_transformers_to_the_whole_conversation(
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_a_stopped_answer_stays_in_the_conversation_as_far_as_it_got(at, call, checkpoint, photo, monkeypatch):
-    stop_the_forward(monkeypatch, at)
+def test_the_generated_part_of_an_interrupted_answer_stays_in_the_conversation(
+    at, call, checkpoint, photo, monkeypatch
+):
+    interrupt_forward(monkeypatch, at)
     type_in(monkeypatch, "What?", "And why?")
     answers = call("--chat", "--image", photo, "--max-new-tokens", "8").stdout.decode()
     conversation = "USER: <image>\n"
     first = ""
-    if at > 0:  # else the first question was stopped before its answer began, and does not count
+    if at > 0:  # otherwise there was no answer yet, and the first question is dropped
         first = their_answer(checkpoint, [photo], "USER: <image>\nWhat? ASSISTANT:", max_new_tokens=at)
         conversation += f"What? ASSISTANT: {first.removeprefix(' ')}</s>USER: "
     second = their_answer(checkpoint, [photo], conversation + "And why? ASSISTANT:", max_new_tokens=8)
     assert answers.endswith(f"\n{second}\n")
 
 
-def stop_the_forward(monkeypatch, at: int) -> None:
-    """Raises a KeyboardInterrupt, as Ctrl-C does, in the middle of one pass through the model."""
-    forward, calls = llava.LlamaModel.forward, []
+def interrupt_forward(monkeypatch, at: int) -> None:
+    """Raises a KeyboardInterrupt, as Ctrl-C does, in forward pass number `at` of the model, counted from 0."""
+    forward, calls = llama.LlamaModel.forward, []
 
     def interrupted(*args, **kwargs):
         calls.append(1)
@@ -146,10 +149,10 @@ def stop_the_forward(monkeypatch, at: int) -> None:
             raise KeyboardInterrupt
         return forward(*args, **kwargs)
 
-    monkeypatch.setattr(llava.LlamaModel, "forward", interrupted)
+    monkeypatch.setattr(llama.LlamaModel, "forward", interrupted)
 
 
-def test_the_same_seed_gives_the_same_answer(call):
+def test_a_seed_makes_sampling_reproducible(call):
     options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.95", "--max-new-tokens", "20", "Hello"]
     first, again, other = (call("--seed", seed, *options).stdout for seed in ("1", "1", "2"))
     assert first == again != other
@@ -163,16 +166,19 @@ def test_stats_go_to_stderr(call):
 
 
 FAILURES = {
-    "no such image": (["--image", "gone.jpg", "What?"], "gone.jpg: No such file or directory"),
-    "no image": (["--image", __file__, "What?"], "is not an image that Pillow can read"),
-    "too many marks": (["<image> What?"], "the text has 1 <image> marks for 0 images"),
-    "too long": (["word " * 3000], "tokens, but only 1023 fit"),
-    "no such device": (["--device", "mps", "Hello"], "there is no mps device"),
+    "missing image": (["--image", "gone.jpg", "What?"], "gone.jpg: No such file or directory"),
+    "not an image": (["--image", __file__, "What?"], "is not an image that Pillow can read"),
+    "image token without an image": (
+        ["<image> What?"],
+        "the numbers of <image> tokens in the text and of images differ: 1 and 0",
+    ),
+    "prompt too long": (["word " * 3000], "tokens, but at most 1023 fit"),
+    "unavailable device": (["--device", "mps", "Hello"], "there is no mps device"),
 }
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_is_one_sentence_and_exit_code_1(name, call):
+def test_a_failure_ends_in_one_sentence_and_exit_code_1(name, call):
     args, sentence = FAILURES[name]
     result = call(*args)
     assert result.returncode == 1
@@ -181,13 +187,13 @@ def test_a_failure_is_one_sentence_and_exit_code_1(name, call):
     assert result.stderr.count(b"\n") == 1
 
 
-def test_debugging_shows_where_it_failed(call, monkeypatch):
+def test_llava_debug_raises_the_error_with_its_traceback(call, monkeypatch):
     monkeypatch.setenv("LLAVA_DEBUG", "1")
-    with pytest.raises(ValueError, match="the text has 1 <image> marks"):
+    with pytest.raises(ValueError, match="the numbers of <image> tokens in the text and of images differ"):
         call("<image> What?")
 
 
-def test_a_reader_who_closes_early_ends_it_quietly(request, checkpoint):
+def test_a_pipe_closed_by_its_reader_ends_without_a_traceback(request, checkpoint):
     command = f"{sys.executable} {request.config.rootpath / 'llava.py'} --model {checkpoint} --max-new-tokens 900 Hello"
     result = subprocess.run(["bash", "-c", f"set -o pipefail; {command} | head -c 1"], capture_output=True, timeout=120)
     assert b"Traceback" not in result.stderr
@@ -195,7 +201,7 @@ def test_a_reader_who_closes_early_ends_it_quietly(request, checkpoint):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a Unix terminal")
-def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint):
+def test_ctrl_c_stops_an_answer_and_ctrl_d_quits_the_chat(request, checkpoint):
     main, terminal = pty.openpty()
     command = [
         sys.executable,
@@ -206,7 +212,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint)
         "--max-new-tokens",
         "900",
     ]
-    # The test may run in the background, where Ctrl-C is ignored; its child must not inherit that.
+    # A test that runs in the background ignores Ctrl-C; its child must not inherit that.
     process = subprocess.Popen(
         command,
         stdin=terminal,
@@ -228,7 +234,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_leaves_the_chat(request, checkpoint)
     assert process.stdout.read(1)  # the answer has begun
     process.send_signal(signal.SIGINT)
     wait_for_prompt(2)
-    process.send_signal(signal.SIGINT)  # at the prompt it changes nothing
+    process.send_signal(signal.SIGINT)  # at the prompt, Ctrl-C has no effect
     wait_for_prompt(3)
     os.write(main, b"\x04")
     assert process.wait(timeout=60) == 0

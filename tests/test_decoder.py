@@ -1,15 +1,15 @@
-"""The decoder has the logits of transformers' Llama and Mistral in every variant that a checkpoint may have."""
+"""The decoder's logits match transformers' Llama and Mistral in every variant that a checkpoint can have."""
 
 import pytest
 import torch
 
 VARIANTS = {
-    "as many key heads as query heads": {},
+    "multi-head attention": {},
     "grouped-query attention": {"num_key_value_heads": 2},
-    "one key head": {"num_key_value_heads": 1},
-    "head_dim is not hidden / heads": {"head_dim": 24, "num_key_value_heads": 2},
+    "multi-query attention": {"num_key_value_heads": 1},
+    "head_dim other than hidden_size / heads": {"head_dim": 24, "num_key_value_heads": 2},
     "attention and MLP biases": {"attention_bias": True, "mlp_bias": True},
-    "RoPE base": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    "RoPE theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     "RoPE linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
     "RoPE llama3": {
         "rope_parameters": {
@@ -29,15 +29,15 @@ VARIANTS = {
 
 @pytest.mark.parametrize("name", VARIANTS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(name, make_pair, prompt, check):
+def test_logits_match_transformers(name, make_pair, prompt, check):
     ours, theirs = make_pair(text=VARIANTS[name])
     inputs = prompt(images=0, length=200)
     check(f"decoder logits, {name}", ours(**inputs).logits, theirs(**inputs).logits)
 
 
-@pytest.mark.parametrize("where", ["whole", "text_config"])
+@pytest.mark.parametrize("where", ["whole config", "text_config"])
 @torch.no_grad()
-def test_tied_embeddings_have_no_head_of_their_own(where, make_pair, prompt, check):
+def test_tied_embeddings_share_one_parameter_with_the_head(where, make_pair, prompt, check):
     tied = {"tie_word_embeddings": True}
     ours, theirs = make_pair(text=tied) if where == "text_config" else make_pair(**tied)
     assert ours.language_model.lm_head.weight is ours.language_model.model.embed_tokens.weight
@@ -46,7 +46,7 @@ def test_tied_embeddings_have_no_head_of_their_own(where, make_pair, prompt, che
 
 
 @torch.no_grad()
-def test_the_head_runs_on_the_positions_that_are_asked_for(make_pair, prompt):
+def test_the_head_computes_only_the_requested_positions(make_pair, prompt):
     ours, _ = make_pair()
     inputs = prompt(images=0, length=12)
     seen = []
@@ -64,5 +64,7 @@ def test_the_head_runs_on_the_positions_that_are_asked_for(make_pair, prompt):
 def test_bfloat16_rounds_where_transformers_rounds(make_pair, prompt, check):
     ours, theirs = make_pair(text={"num_key_value_heads": 2})
     ours, theirs, inputs = ours.bfloat16(), theirs.bfloat16(), prompt(images=0, length=200)
-    theirs.model.language_model.rotary_emb.inv_freq = ours.language_model.model.frequencies  # .bfloat16() rounded it
+    theirs.model.language_model.rotary_emb.inv_freq = (
+        ours.language_model.model.frequencies
+    )  # undo the rounding by .bfloat16()
     check("decoder logits in bfloat16", ours(**inputs).logits, theirs(**inputs).logits, limit=1e-2)

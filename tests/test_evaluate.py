@@ -1,4 +1,4 @@
-"""evaluate.py: every formula on examples worked by hand, and answers that do not depend on how they were batched."""
+"""evaluate.py: every metric on examples worked out by hand, and answers that do not depend on the batch size."""
 
 import json
 import sys
@@ -9,19 +9,19 @@ from PIL import Image
 from tiny_training import COLOURS, Workbench
 
 import evaluate
-from evaluate import exact_match, letter_match, option_letter, pope, says_yes, vqa_accuracy, vqa_normal
+from evaluate import exact_match, letter_match, option_letter, pope, says_yes, vqa_accuracy, vqa_normalised
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 # Exact match
 
 
-def test_exact_match_overlooks_capitals_white_space_and_a_full_stop():
+def test_exact_match_ignores_case_white_space_and_a_full_stop():
     assert exact_match(" Dark  red.\n", ["dark red"]) == 1
     assert exact_match("no", ["yes", "No."]) == 1
 
 
 @pytest.mark.parametrize("text", ["red car", "re", "red!", ""])
-def test_exact_match_overlooks_nothing_else(text):
+def test_exact_match_ignores_nothing_else(text):
     assert exact_match(text, ["red"]) == 0
 
 
@@ -29,7 +29,7 @@ def test_exact_match_overlooks_nothing_else(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "normal"),
+    ("text", "normalised"),
     [
         ("The cat and a dog", "cat and dog"),  # articles
         ("An apple", "apple"),
@@ -41,7 +41,7 @@ def test_exact_match_overlooks_nothing_else(text):
         ("3.5", "3.5"),  # a full stop before a digit stays
         ("U.S.", "us"),
         ("1,000", "1000"),
-        ("red,blue", "red blue"),  # a mark between letters becomes a space
+        ("red,blue", "red blue"),  # punctuation between letters becomes a space
         ("red, blue", "red blue"),
         ("left-hand side", "left hand side"),
         ("what?!", "what"),
@@ -54,8 +54,8 @@ def test_exact_match_overlooks_nothing_else(text):
         ("", ""),
     ],
 )
-def test_vqa_normal(text, normal):
-    assert vqa_normal(text) == normal
+def test_vqa_normalisation(text, normalised):
+    assert vqa_normalised(text) == normalised
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_vqa_normal(text, normal):
         (10, 1.0),
     ],
 )
-def test_vqa_accuracy_leaves_each_person_out_in_turn(matches, accuracy):
+def test_vqa_accuracy_leaves_out_each_human_answer_in_turn(matches, accuracy):
     assert vqa_accuracy("cat", ["cat"] * matches + ["dog"] * (10 - matches)) == pytest.approx(accuracy)
 
 
@@ -94,8 +94,8 @@ def test_vqa_accuracy_normalises_both_sides():
         ("B. a red car", "B"),
         ("The answer is D.", "D"),
         ("Both B and C", "B"),  # the first
-        ("I think that it is B", "B"),  # "I" is no option
-        ("Cats", None),  # a letter in a word
+        ("I think that it is B", "B"),  # "I" is not an option
+        ("Cats", None),  # a letter within a word
         ("E-mail's B", "E"),
         ("a red car", None),
         ("", None),
@@ -122,32 +122,32 @@ def test_an_answer_without_a_letter_is_wrong():
         ("no, there is a dog", False),
         ("There is not a dog", False),
         ("Yes. There is no cat.", True),  # only the first sentence is read
-        ("Nothing to see", True),  # a word that only begins like no
-        ("NO", True),  # just these three spellings
+        ("Nothing to see", True),  # only starts with "no"
+        ("NO", True),  # only "No", "no" and "not" count
         ("It isn't there", True),
-        ("I do,not know", True),  # the comma goes: "donot" is one word
+        ("I do,not know", True),  # the comma is removed: "donot" is one word
         ("", True),
     ],
 )
-def test_pope_reads_an_answer(text, yes):
+def test_how_pope_reads_an_answer(text, yes):
     assert says_yes(text) == yes
 
 
-def test_pope_counts():
+def test_pope_metrics():
     pairs = [("Yes", ["yes"])] * 3 + [("Yes", ["no"])] * 1 + [("No", ["yes"])] * 2 + [("No", ["no"])] * 4
-    figures = pope(pairs)  # 3 hits, 1 false alarm, 2 misses, 4 rightly denied
+    figures = pope(pairs)  # 3 true positives, 1 false positive, 2 false negatives, 4 true negatives
     assert figures == pytest.approx(
         {"accuracy": 0.7, "precision": 0.75, "recall": 0.6, "F1": 2 * 0.75 * 0.6 / 1.35, "yes ratio": 0.4}
     )
 
 
 @pytest.mark.parametrize(("said", "true"), [("No", "no"), ("No", "yes"), ("Yes", "no")])
-def test_pope_without_a_hit_is_zero_and_no_error(said, true):
+def test_pope_without_true_positives_is_zero_not_an_error(said, true):
     figures = pope([(said, [true])])
     assert figures["precision"] == figures["recall"] == figures["F1"] == 0
 
 
-def test_the_table_has_a_line_for_each_category_and_one_for_all():
+def test_the_table_has_one_line_per_category_and_one_for_all():
     questions = [{"category": c, "answers": ["red"]} for c in ("colour", "shape", "colour", "colour")]
     table = evaluate.score_table(questions, ["red", "blue", "red", "blue"], "exact").splitlines()
     assert [line.split() for line in table] == [
@@ -169,7 +169,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def questions():
-    """Eight with a picture and three without, of several lengths; the last is asked with the id of the one before."""
+    """Eight with an image and three without, of several lengths; the last has the same id as the one before."""
     texts = [
         "Which color?",
         "What is shown in this image?",
@@ -182,7 +182,7 @@ def questions():
 
 @pytest.fixture
 def command(bench, questions, tmp_path, monkeypatch):
-    """Runs evaluate.py in this process, in a folder of its own; returns the lines of its answers."""
+    """Runs evaluate.py in this process, in a folder of its own; returns the lines of its answer file."""
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
 
     def command(*options, model="base"):
@@ -197,11 +197,11 @@ def command(bench, questions, tmp_path, monkeypatch):
     return command
 
 
-def test_answers_in_batches_are_those_one_by_one(command, tmp_path):
+def test_answers_do_not_depend_on_the_batch_size(command, tmp_path):
     one_by_one = command("--batch", "1")
     (tmp_path / "answers.jsonl").unlink()
     assert command("--batch", "4") == one_by_one
-    assert len({json.loads(line)["text"] for line in one_by_one}) > 5  # and they are not all alike
+    assert len({json.loads(line)["text"] for line in one_by_one}) > 5  # and they differ
 
 
 def test_answers_are_in_the_format_of_llava(command, questions):
@@ -212,7 +212,7 @@ def test_answers_are_in_the_format_of_llava(command, questions):
     assert lines[0]["model_id"] == "base"
 
 
-def test_an_answer_is_what_the_model_says_alone(bench, command, questions):
+def test_an_answer_is_what_the_model_generates(bench, command, questions):
     lines = [json.loads(line) for line in command("--system", "")]
     model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
     processor = LlavaProcessor.from_pretrained(bench.folder / "base")
@@ -221,7 +221,7 @@ def test_an_answer_is_what_the_model_says_alone(bench, command, questions):
     assert lines[-1]["text"] == processor.decode(new, skip_special_tokens=True).strip()
 
 
-def test_earlier_turns_stand_before_the_question_and_the_picture_before_them(bench, tmp_path, monkeypatch):
+def test_earlier_turns_precede_the_question_and_the_image_precedes_them(bench, tmp_path, monkeypatch):
     history = [["Which color?", "red"], ["And what shape?", "A disc."]]
     file = tmp_path / "q.jsonl"
     file.write_text(
@@ -230,29 +230,29 @@ def test_earlier_turns_stand_before_the_question_and_the_picture_before_them(ben
     processor = LlavaProcessor.from_pretrained(bench.folder / "base")
     model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
     seen = []
-    monkeypatch.setattr(model, "generate", lambda input_ids, **rest: seen.append(input_ids) or input_ids)
+    monkeypatch.setattr(model, "generate", lambda input_ids, *rest: seen.append(input_ids) or input_ids)
     evaluate.answer_questions(model, processor, evaluate.read_questions(file, "", "exact"), bench.folder / "pictures")
-    told = "USER: <image>\nWhich color? ASSISTANT: red</s>USER: And what shape? ASSISTANT: A disc.</s>"
-    told += "USER: Why? ASSISTANT:"
-    assert torch.equal(seen[0], processor(Image.new("RGB", (9, 9)), told).input_ids)
+    expected = "USER: <image>\nWhich color? ASSISTANT: red</s>USER: And what shape? ASSISTANT: A disc.</s>"
+    expected += "USER: Why? ASSISTANT:"
+    assert torch.equal(seen[0], processor(Image.new("RGB", (9, 9)), expected).input_ids)
 
 
 @pytest.mark.parametrize("history", ["earlier", [["Which?"]], [["Which?", 1]], [{"from": "human"}]])
-def test_a_history_that_is_no_list_of_turns_is_refused(history, tmp_path):
+def test_a_history_that_is_not_a_list_of_turns_is_refused(history, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question_id": 1, "text": "Why?", "answer": "", "history": history}))
-    with pytest.raises(ValueError, match="no list of turns"):
+    with pytest.raises(ValueError, match="not a list of turns"):
         evaluate.read_questions(file, "", "exact")
 
 
-def test_only_what_is_missing_is_asked_again(command, tmp_path, monkeypatch):
+def test_only_missing_answers_are_generated_again(command, tmp_path, monkeypatch):
     whole = command("--batch", "4")
     asked = []
     real = evaluate.answer_questions
     monkeypatch.setattr(
         evaluate, "answer_questions", lambda m, p, batch, *rest: asked.extend(batch) or real(m, p, batch, *rest)
     )
-    (tmp_path / "answers.jsonl").write_text("".join(whole[:5]) + whole[5][:20])  # stopped while it wrote the sixth
+    (tmp_path / "answers.jsonl").write_text("".join(whole[:5]) + whole[5][:20])  # stopped while writing the sixth
     assert command("--batch", "4") == whole
     assert len(asked) == len(whole) - 5
 
@@ -275,11 +275,11 @@ def test_missing_answers_need_a_model(command):
         command(model=None)
 
 
-def test_answers_to_other_prompts_or_of_another_model_are_not_mixed_in(command):
+def test_answers_to_other_prompts_or_from_another_model_are_refused(command):
     command()
     with pytest.raises(SystemExit, match=r"answers other prompts .* choose another --out"):
         command("--short")
-    with pytest.raises(SystemExit, match="answers of the model base: choose another --out"):
+    with pytest.raises(SystemExit, match="answers from the model base: choose another --out"):
         command(model="another")
 
 
@@ -288,7 +288,7 @@ def test_vqa_needs_a_list_of_answers(command):
         command("--metric", "vqa")
 
 
-def test_a_damaged_question_file_is_named_with_its_line(command, tmp_path):
+def test_an_invalid_line_of_the_question_file_is_named(command, tmp_path):
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "x"}\n{"question')
     with pytest.raises(SystemExit, match=r"q.jsonl, line 2 is not valid JSON"):
         command()
@@ -310,20 +310,20 @@ def test_the_options_reach_the_model(command, monkeypatch):
 @pytest.mark.parametrize(
     ("metric", "answers", "sentence"),
     [
-        ("pope", {"answer": "maybe"}, "has an answer that pope does not know"),
-        ("letter", {"answer": "(B) a cat"}, "has an answer that letter does not know"),
+        ("pope", {"answer": "maybe"}, "has an answer that is invalid for pope"),
+        ("letter", {"answer": "(B) a cat"}, "has an answer that is invalid for letter"),
         ("exact", {}, "needs"),
         ("vqa", {"answers": ["red"] * 3}, "needs"),
     ],
 )
-def test_right_answers_that_cannot_be_compared_with_are_refused_at_once(metric, answers, sentence, tmp_path):
+def test_ground_truth_that_the_metric_cannot_use_is_refused_at_once(metric, answers, sentence, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question_id": 1, "text": "Which?"} | answers))
     with pytest.raises(ValueError, match=sentence):
         evaluate.read_questions(file, "", metric)
 
 
-def test_right_answers_come_in_the_form_of_vqa_or_as_numbers_too(tmp_path):
+def test_ground_truth_may_be_in_the_format_of_vqa_or_numbers(tmp_path):
     file = tmp_path / "q.jsonl"
     lines = [
         {"question_id": 1, "text": "?", "answers": [{"answer": "red"}] * 4},

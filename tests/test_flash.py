@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias
 
-import llava
+import llama
 
 DEVICES = [
     "cpu",
@@ -26,7 +26,7 @@ def masks(monkeypatch):
         seen.append(attn_mask)
         return attend(q, k, v, attn_mask=attn_mask, **options)
 
-    monkeypatch.setattr(llava, "F", types.SimpleNamespace(scaled_dot_product_attention=watched))
+    monkeypatch.setattr(llama, "F", types.SimpleNamespace(scaled_dot_product_attention=watched))
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         yield seen
 
@@ -41,7 +41,7 @@ def model(request, make_pair):
 @torch.no_grad()
 def test_prompt_decoding_and_second_turn_run_in_the_flash_kernel_without_a_mask(model, prompt, masks):
     inputs = {name: tensor.to(model.device) for name, tensor in prompt().items()}
-    cache = llava.KVCache(model)
+    cache = llama.KVCache(model)
     steps = [inputs, {"input_ids": inputs["input_ids"][:, :1]}, {"input_ids": inputs["input_ids"][:, :7]}]
     kinds = []
     for step in steps:

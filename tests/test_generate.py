@@ -1,4 +1,4 @@
-"""Generation gives the tokens of transformers' `generate`, and a cache changes the work but never the result."""
+"""Generated tokens match transformers' `generate`, and a cache saves work without changing the result."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def new_cache(model, max_length=256, batch_size=1) -> KVCache:
 
 
 @pytest.mark.parametrize("text", [{}, {"num_key_value_heads": 2}, {"num_key_value_heads": 2, "head_dim": 24}], ids=str)
-def test_64_greedy_tokens_are_those_of_transformers(text, make_pair, prompt):
+def test_64_greedy_tokens_match_transformers(text, make_pair, prompt):
     ours, theirs = make_pair(text=text)
     for seed in range(3):
         inputs = prompt(images=2, seed=seed)
@@ -40,12 +40,12 @@ def test_64_greedy_tokens_are_those_of_transformers(text, make_pair, prompt):
         assert torch.equal(ours.generate(**inputs, max_new_tokens=64), expected)
 
 
-def test_a_padded_batch_generates_the_tokens_of_transformers(make_pair, batch):
+def test_tokens_of_a_padded_batch_match_transformers(make_pair, batch):
     ours, theirs = make_pair()
     assert torch.equal(ours.generate(**batch, max_new_tokens=64), theirs.generate(**batch, max_new_tokens=64, **GREEDY))
 
 
-def test_each_row_of_a_batch_generates_what_it_generates_alone(make_pair, batch):
+def test_each_sequence_of_a_batch_gets_the_tokens_it_gets_alone(make_pair, batch):
     ours, _ = make_pair()
     together = ours.generate(**batch, max_new_tokens=64)[:, batch.input_ids.shape[1] :]
     for row, pixels in enumerate(batch.pixel_values.split([1, 0, 2])):
@@ -54,24 +54,24 @@ def test_each_row_of_a_batch_generates_what_it_generates_alone(make_pair, batch)
         assert torch.equal(together[row], alone[0])
 
 
-def with_ends(model, inputs, count: int) -> list[int]:
-    """Tokens that the first `count` rows would generate, to be taken as ends: so the rows end at different times."""
+def eos_tokens(model, inputs, count: int) -> list[int]:
+    """A token from the output of each of the first `count` sequences: as EOS, they end these at different steps."""
     free = model.generate(**inputs, max_new_tokens=20)[:, inputs["input_ids"].shape[1] :]
     return [free[row, 4 * row + 2].item() for row in range(count)]
 
 
-@pytest.mark.parametrize("ends", [1, 2, 3])
-def test_rows_stop_at_their_own_end_and_are_filled_up(ends, make_pair, batch):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sequences_stop_at_their_own_eos_and_are_padded(count, make_pair, batch):
     ours, theirs = make_pair()
-    ours.config.eos_token_id = with_ends(ours, batch, ends)
+    ours.config.eos_token_id = eos_tokens(ours, batch, count)
     expected = theirs.generate(**batch, max_new_tokens=20, eos_token_id=ours.config.eos_token_id, **GREEDY)
-    assert (expected == 421).any(), "a row has to end before the others"
+    assert (expected == 421).any(), "a sequence has to finish before the others"
     assert torch.equal(ours.generate(**batch, max_new_tokens=20), expected)
 
 
-def test_rows_that_are_done_are_not_computed(make_pair, batch):
+def test_finished_sequences_are_no_longer_computed(make_pair, batch):
     ours, _ = make_pair()
-    ours.config.eos_token_id = with_ends(ours, batch, 1)
+    ours.config.eos_token_id = eos_tokens(ours, batch, 1)
     sizes = []
     ours.language_model.lm_head.register_forward_hook(lambda head, args, out: sizes.append(len(out)))
     ours.generate(**batch, max_new_tokens=20)
@@ -79,14 +79,14 @@ def test_rows_that_are_done_are_not_computed(make_pair, batch):
     assert sizes[-1] < 3
 
 
-def test_the_stream_yields_the_tokens_of_generate_one_by_one(make_pair, batch):
+def test_generate_stream_yields_the_tokens_of_generate_one_by_one(make_pair, batch):
     ours, _ = make_pair()
     streamed = torch.stack(list(ours.generate_stream(**batch, max_new_tokens=10)), dim=1)
     assert streamed.shape == (3, 10)
     assert torch.equal(torch.cat([batch.input_ids, streamed], 1), ours.generate(**batch, max_new_tokens=10))
 
 
-def test_nothing_is_computed_before_the_stream_is_read(make_pair, prompt):
+def test_generate_stream_computes_nothing_until_it_is_read(make_pair, prompt):
     ours, _ = make_pair()
     calls = []
     ours.language_model.lm_head.register_forward_hook(lambda *args: calls.append(1))
@@ -96,13 +96,13 @@ def test_nothing_is_computed_before_the_stream_is_read(make_pair, prompt):
     assert calls == [1]
 
 
-def test_generation_ends_where_the_context_does(make_pair, prompt):
+def test_generation_stops_when_the_context_is_full(make_pair, prompt):
     ours, _ = make_pair(text={"max_position_embeddings": 40})
     inputs = prompt(length=20)
     assert ours.generate(**inputs, max_new_tokens=64).shape == (1, 40)
 
 
-def test_the_logits_are_finite_where_the_batch_is_padding(make_pair, batch):
+def test_logits_of_a_padded_batch_are_finite_everywhere(make_pair, batch):
     ours, _ = make_pair()
     assert ours(**batch).logits.isfinite().all()
 
@@ -115,42 +115,45 @@ def chunks(ids: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    "sizes", [[19] + [1] * 30, [25, 10, 5], [49], [19, 1, 20]], ids=["tokens", "chunks", "two", "mixed"]
+    "sizes", [[19] + [1] * 30, [25, 10, 5], [49], [19, 1, 20]], ids=["single tokens", "chunks", "two chunks", "mixed"]
 )
 @pytest.mark.parametrize("heads", [4, 2])
 @torch.no_grad()
-def test_a_prompt_in_parts_has_the_logits_of_one_shot(sizes, heads, make_pair, prompt, check):
+def test_a_prompt_in_chunks_has_the_logits_of_a_single_pass(sizes, heads, make_pair, prompt, check):
     ours, _ = make_pair(text={"num_key_value_heads": heads})
     inputs = prompt(images=1, length=48)
-    ids, pixels = inputs["input_ids"].roll(-20, dims=1), inputs["pixel_values"]  # the image in the first 19 tokens
+    ids, pixels = (
+        inputs["input_ids"].roll(-20, dims=1),
+        inputs["pixel_values"],
+    )  # so that the image is in the first 19 tokens
     whole = ours(ids, pixels).logits
     cache, parts = new_cache(ours), []
-    for part in chunks(ids, sizes):
-        parts.append(ours(part, pixels if cache.length == 0 else None, cache=cache).logits)
-    check("cache: parts against one shot", torch.cat(parts, dim=1), whole)
+    for chunk in chunks(ids, sizes):
+        parts.append(ours(chunk, pixels if cache.length == 0 else None, cache=cache).logits)
+    check("cache: chunks against a single pass", torch.cat(parts, dim=1), whole)
 
 
 @pytest.mark.parametrize("keep", [1, 3, 99])
 @pytest.mark.parametrize("padded", [True, False])
 @torch.no_grad()
-def test_the_last_layer_computes_only_what_the_head_reads(padded, keep, make_pair, batch, check):
+def test_the_last_layer_computes_only_the_positions_that_the_head_reads(padded, keep, make_pair, batch, check):
     ours, _ = make_pair(text={"num_key_value_heads": 2})
-    rows: list[int] = []
-    ours.language_model.model.layers[-1].mlp.register_forward_hook(lambda mlp, args, out: rows.append(out.shape[1]))
+    lengths: list[int] = []
+    ours.language_model.model.layers[-1].mlp.register_forward_hook(lambda mlp, args, out: lengths.append(out.shape[1]))
     inputs = batch if padded else {**batch, "attention_mask": None}
     more = torch.randint(3, 400, (3, 6), generator=torch.Generator().manual_seed(0))
     caches = [new_cache(ours, batch_size=3) for _ in range(2)]
     whole = [ours(**inputs, cache=caches[0]).logits, ours(more, cache=caches[0]).logits]
     some = [ours(**inputs, cache=caches[1], logits_to_keep=keep).logits]
     some += [ours(more, cache=caches[1], logits_to_keep=keep).logits]
-    for ours_alone, all_of_them in zip(some, whole, strict=True):
-        check("last positions alone", ours_alone, all_of_them[:, -keep:])
+    for last, everything in zip(some, whole, strict=True):
+        check("only the last positions", last, everything[:, -keep:])
     length = batch.input_ids.shape[1]
-    assert rows == [length, 6, min(keep, length), min(keep, 6)]
+    assert lengths == [length, 6, min(keep, length), min(keep, 6)]
 
 
 @torch.no_grad()
-def test_a_padded_batch_in_parts_has_the_logits_of_one_shot(make_pair, batch, check):
+def test_a_padded_batch_in_chunks_has_the_logits_of_a_single_pass(make_pair, batch, check):
     ours, _ = make_pair(text={"num_key_value_heads": 2})
     more = torch.randint(3, 400, (3, 6), generator=torch.Generator().manual_seed(0))
     whole = ours(
@@ -160,11 +163,11 @@ def test_a_padded_batch_in_parts_has_the_logits_of_one_shot(make_pair, batch, ch
     ).logits[:, -7:]
     cache = new_cache(ours, batch_size=3)
     parts = [ours(**batch, cache=cache, logits_to_keep=1).logits]
-    parts += [ours(part, cache=cache).logits for part in (more[:, :1], more[:, 1:5], more[:, 5:])]
-    check("cache: padded batch in parts", torch.cat(parts, dim=1), whole)
+    parts += [ours(chunk, cache=cache).logits for chunk in (more[:, :1], more[:, 1:5], more[:, 5:])]
+    check("cache: padded batch in chunks", torch.cat(parts, dim=1), whole)
 
 
-def test_a_second_turn_gives_the_tokens_of_the_whole_conversation(make_pair, prompt):
+def test_a_second_turn_matches_transformers_on_the_whole_conversation(make_pair, prompt):
     ours, theirs = make_pair()
     inputs, cache = prompt(), new_cache(ours)
     first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
@@ -174,7 +177,7 @@ def test_a_second_turn_gives_the_tokens_of_the_whole_conversation(make_pair, pro
     assert torch.equal(second, expected)
 
 
-def test_a_second_turn_computes_only_what_is_new(make_pair, prompt):
+def test_a_second_turn_computes_only_the_new_tokens(make_pair, prompt):
     ours, _ = make_pair()
     inputs, cache = prompt(), new_cache(ours)
     first = ours.generate(**inputs, max_new_tokens=12, cache=cache)
@@ -182,11 +185,11 @@ def test_a_second_turn_computes_only_what_is_new(make_pair, prompt):
     ours.language_model.model.layers[0].register_forward_hook(lambda layer, args, out: seen.append(out.shape[1]))
     ours.vision_tower.register_forward_hook(lambda *args: images.append(1))
     ours.generate(torch.cat([first, prompt(images=0)["input_ids"]], 1), max_new_tokens=3, cache=cache)
-    assert seen == [1 + 20, 1, 1]  # the last token of the answer was never fed to the model
+    assert seen == [1 + 20, 1, 1]  # 1: the answer's last token was not yet in the cache
     assert images == []
 
 
-def test_the_cache_is_allocated_once(make_pair, prompt):
+def test_a_large_enough_cache_is_never_reallocated(make_pair, prompt):
     ours, _ = make_pair()
     cache = new_cache(ours)
     before = cache.keys.data_ptr()
@@ -195,7 +198,7 @@ def test_the_cache_is_allocated_once(make_pair, prompt):
     assert cache.length == 20 + 9 + 19
 
 
-def test_a_cache_makes_room_once_for_what_a_call_can_need(make_pair, prompt):
+def test_a_call_allocates_once_for_its_longest_possible_answer(make_pair, prompt):
     ours, _ = make_pair()
     inputs = prompt()
     cache, pointers = KVCache(ours), set()
@@ -214,14 +217,14 @@ def test_image_tokens_without_images_are_refused(with_cache, make_pair, prompt):
         ours.generate(prompt()["input_ids"], cache=new_cache(ours) if with_cache else None)
 
 
-def test_a_cache_that_is_set_back_forgets_everything(make_pair, prompt, batch, check):
+def test_a_cache_reset_to_length_0_forgets_everything(make_pair, prompt, batch, check):
     ours, _ = make_pair()
     cache = new_cache(ours, batch_size=3)
     with torch.no_grad():
         ours(**batch, cache=cache)
         cache.length = 0
         ids = prompt(images=0)["input_ids"].expand(3, -1)
-        check("cache: used again", ours(ids, cache=cache).logits, ours(ids).logits)
+        check("cache: reused after a reset", ours(ids, cache=cache).logits, ours(ids).logits)
 
 
 @torch.no_grad()
@@ -229,7 +232,9 @@ def test_positions_count_from_the_first_real_token(make_pair, batch):
     ours, _ = make_pair()
     angles = []
     first_layer = ours.language_model.model.layers[0]
-    first_layer.register_forward_pre_hook(lambda layer, args: angles.append(args[1]))  # cos, which RoPE turns by
+    first_layer.register_forward_pre_hook(
+        lambda layer, args: angles.append(args[1])
+    )  # cos, one factor of RoPE's rotation
     ours(**batch)
     ours(torch.ones(1, 8, dtype=torch.long))
     padded, plain = angles

@@ -14,7 +14,8 @@ from transformers.image_utils import load_image as transformers_load_image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from vision import LlavaImageProcessor, load_image
+from extras.images import load_image
+from vision import LlavaImageProcessor
 
 SETTINGS = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
 MODES = ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16", "I", "F", "YCbCr", "HSV"]
@@ -36,7 +37,7 @@ def images_of_all_modes() -> list[Image.Image]:
 @pytest.mark.parametrize("do_pad", [False, True], ids=["crop", "pad"])
 def test_pixels_are_those_of_transformers(do_pad, check):
     judge = (LlavaImageProcessorPil if do_pad else CLIPImageProcessorPil)(**SETTINGS, do_pad=do_pad)
-    ours = LlavaImageProcessor.from_dict(SETTINGS | {"do_pad": do_pad})
+    ours = LlavaImageProcessor(**SETTINGS, do_pad=do_pad)
     for image in images_of_all_modes():
         theirs = judge(image, return_tensors="pt").pixel_values
         assert (ours(image) - theirs).abs().max() <= 1e-6, f"{image.mode} {image.size}"
@@ -62,13 +63,13 @@ def test_the_settings_of_the_file_are_followed(settings):
     for size in [(90, 61), (33, 120), (40, 41)]:
         image = random_image(rng, size)
         theirs = CLIPImageProcessorPil(**settings)(image, return_tensors="pt").pixel_values
-        torch.testing.assert_close(LlavaImageProcessor.from_dict(settings)(image), theirs, rtol=0, atol=2e-5)
+        torch.testing.assert_close(LlavaImageProcessor(**settings)(image), theirs, rtol=0, atol=2e-5)
 
 
 def test_several_images_make_one_batch():
     rng = np.random.default_rng(2)
     images = [random_image(rng) for _ in range(3)]
-    processor = LlavaImageProcessor.from_dict(SETTINGS)
+    processor = LlavaImageProcessor(**SETTINGS)
     torch.testing.assert_close(processor(images), torch.cat([processor(image) for image in images]), rtol=0, atol=0)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of every layout, dtype and age load exactly and only once; what is saved loads elsewhere."""
+"""Checkpoints of every layout, dtype and age load exactly, in one copy; saved checkpoints load in transformers."""
 
 import json
 import platform
@@ -12,7 +12,7 @@ import transformers
 from conftest import LLAVA, TEXT, VISION, make_judge
 from safetensors.torch import load_file, save_file
 
-import load
+from extras import hub, machine, saving
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
 
 LAYOUTS = {
@@ -42,7 +42,7 @@ def in_layout(judge, layout: str) -> dict[str, torch.Tensor]:
 
 
 def write(folder, judge, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
-    """Writes a checkpoint folder by hand, without transformers or our own saving."""
+    """Writes a checkpoint folder without transformers and without our own code for saving."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(
         json.dumps({"model_type": "llava", **LLAVA, "text_config": TEXT, "vision_config": VISION})
@@ -67,31 +67,31 @@ def judge():
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_every_layout_gives_the_logits_of_transformers(layout, shards, judge, tmp_path, prompt, check):
+def test_logits_match_transformers_for_every_layout(layout, shards, judge, tmp_path, prompt, check):
     write(tmp_path, judge, in_layout(judge, layout), shards)
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
     check(f"checkpoint layout: {layout}", ours(**prompt()).logits, judge(**prompt()).logits)
 
 
-def test_the_layouts_are_really_different(judge):
+def test_the_layouts_differ_from_each_other(judge):
     names = [frozenset(in_layout(judge, layout)) for layout in LAYOUTS]
     assert len(set(names)) == len(LAYOUTS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_files_in_16_bits_give_the_logits_of_transformers(dtype, tmp_path, prompt, check):
+def test_logits_of_16_bit_checkpoints_match_transformers(dtype, tmp_path, prompt, check):
     judge = make_judge().to(dtype)
     write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
-    assert ours.dtype == torch.float32, "a CPU computes in float32 unless it is told otherwise"
+    assert ours.dtype == torch.float32, "on a CPU, the default is float32"
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
     check(f"checkpoint in {dtype}", ours(**prompt()).logits, theirs(**prompt()).logits)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
-def test_weights_take_the_dtype_that_is_asked_for(stored, wanted, tmp_path):
+def test_weights_are_converted_to_the_requested_dtype(stored, wanted, tmp_path):
     judge = make_judge().to(stored)
     write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=wanted)
@@ -100,7 +100,7 @@ def test_weights_take_the_dtype_that_is_asked_for(stored, wanted, tmp_path):
     assert {parameter.dtype for parameter in ours.parameters()} == {wanted}
 
 
-def test_buffers_of_old_checkpoints_do_no_harm(judge, tmp_path):
+def test_buffers_of_old_checkpoints_are_ignored(judge, tmp_path):
     tensors = in_layout(judge, "hub checkpoints")
     tensors["vision_tower.vision_model.embeddings.position_ids"] = torch.arange(10)
     tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -108,7 +108,7 @@ def test_buffers_of_old_checkpoints_do_no_harm(judge, tmp_path):
     LlavaForConditionalGeneration.from_pretrained(tmp_path)
 
 
-def test_a_head_that_is_stored_though_tied_does_no_harm(tmp_path):
+def test_a_stored_head_is_ignored_if_the_embeddings_are_tied(tmp_path):
     judge = make_judge(tie_word_embeddings=True)
     write(
         tmp_path, judge, in_layout(judge, "hub checkpoints") | {"language_model.lm_head.weight": torch.zeros(448, 64)}
@@ -119,7 +119,7 @@ def test_a_head_that_is_stored_though_tied_does_no_harm(tmp_path):
     assert torch.equal(ours.language_model.lm_head.weight, judge.lm_head.weight)
 
 
-def test_every_tensor_that_does_not_fit_is_named_in_one_message(judge, tmp_path):
+def test_one_message_names_every_tensor_that_does_not_match(judge, tmp_path):
     tensors = in_layout(judge, "hub checkpoints")
     del tensors["language_model.model.norm.weight"], tensors["multi_modal_projector.linear_1.bias"]
     tensors["language_model.model.layers.9.mlp.up_proj.weight"] = torch.zeros(2)
@@ -131,20 +131,20 @@ def test_every_tensor_that_does_not_fit_is_named_in_one_message(judge, tmp_path)
         "  missing: language_model.model.norm.weight",
         "  missing: multi_modal_projector.linear_1.bias",
         "  unexpected: language_model.model.layers.9.mlp.up_proj.weight",
-        "  wrong shape: language_model.lm_head.weight is (448, 63), but (448, 64) by config.json",
+        "  wrong shape: language_model.lm_head.weight is (448, 63), but (448, 64) according to config.json",
     ]
 
 
 # The hub
 
 
-def test_a_hub_name_without_huggingface_hub_says_what_to_install(monkeypatch):
+def test_without_huggingface_hub_a_hub_name_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
-        load.find_folder("llava-hf/llava-1.5-7b-hf")
+        hub.find_folder("llava-hf/llava-1.5-7b-hf")
 
 
-def test_a_hub_name_is_fetched_with_huggingface_hub(monkeypatch, tmp_path):
+def test_a_hub_name_is_downloaded_with_huggingface_hub(monkeypatch, tmp_path):
     import huggingface_hub
 
     def snapshot_download(name, allow_patterns):
@@ -153,25 +153,28 @@ def test_a_hub_name_is_fetched_with_huggingface_hub(monkeypatch, tmp_path):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert load.find_folder("llava-hf/llava-1.5-7b-hf") == tmp_path
+    assert hub.find_folder("llava-hf/llava-1.5-7b-hf") == tmp_path
 
 
-def test_a_hub_name_that_cannot_be_fetched_says_why():
-    with pytest.raises(FileNotFoundError, match="nobody/nothing is no folder and could not be fetched from the hub"):
-        load.find_folder("nobody/nothing")
+NOT_DOWNLOADED = "nobody/nothing is not a folder and could not be downloaded from the hub"
 
 
-@pytest.mark.parametrize(("said", "reason"), [("no network\nand a long story", "no network"), ("", "OSError")])
-def test_what_the_hub_says_becomes_one_line(said, reason, monkeypatch):
+def test_a_failed_download_is_refused_with_the_reason():
+    with pytest.raises(FileNotFoundError, match=NOT_DOWNLOADED):
+        hub.find_folder("nobody/nothing")
+
+
+@pytest.mark.parametrize(("message", "reason"), [("no network\nand a long story", "no network"), ("", "OSError")])
+def test_only_the_first_line_of_the_hubs_error_is_shown(message, reason, monkeypatch):
     import huggingface_hub
 
     def snapshot_download(name, allow_patterns):
-        raise OSError(said)
+        raise OSError(message)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(FileNotFoundError) as error:
-        load.find_folder("nobody/nothing")
-    assert str(error.value) == f"nobody/nothing is no folder and could not be fetched from the hub: {reason}"
+        hub.find_folder("nobody/nothing")
+    assert str(error.value) == f"{NOT_DOWNLOADED}: {reason}"
 
 
 # config.json
@@ -205,23 +208,26 @@ SPARSE = {
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     },
-    "empty": {"model_type": "llava"},
-    "empty towers": {
+    "only the model type": {"model_type": "llava"},
+    "nearly empty parts": {
         "model_type": "llava",
         "text_config": {"model_type": "llama"},
         "vision_config": {"hidden_size": 96},
     },
     "Mistral": {"model_type": "llava", "text_config": {"model_type": "mistral"}},
-    "no window": {"model_type": "llava", "text_config": {"model_type": "mistral", "sliding_window": None}},
-    "old RoPE": {
+    "Mistral without a sliding window": {
+        "model_type": "llava",
+        "text_config": {"model_type": "mistral", "sliding_window": None},
+    },
+    "RoPE, old spelling": {
         "model_type": "llava",
         "text_config": {"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "factor": 2.0}},
     },
-    "new RoPE": {
+    "RoPE, new spelling": {
         "model_type": "llava",
         "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}},
     },
-    "new spellings": {
+    "other new spellings": {
         "model_type": "llava",
         "image_token_id": 7,
         "dtype": "bfloat16",
@@ -231,15 +237,15 @@ SPARSE = {
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_what_config_json_leaves_out_is_what_transformers_takes(name, tmp_path):
+def test_defaults_of_a_sparse_config_match_transformers(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(SPARSE[name]))
-    ours = LlavaConfig.from_dict(load.read_config(tmp_path))
+    ours = LlavaConfig.from_pretrained(tmp_path)
     theirs = transformers.LlavaConfig.from_pretrained(tmp_path)
     for part in ("vision_config", "text_config"):
         for field, value in vars(getattr(ours, part)).items():
-            expected = getattr(getattr(theirs, part), field, value)  # Mistral's config has no attention_bias, say
+            expected = getattr(getattr(theirs, part), field, value)  # e.g. Mistral's config has no attention_bias
             if field == "rope_parameters":
-                expected.pop("type", None)  # transformers keeps the old spelling beside the new one
+                expected.pop("type", None)  # transformers also keeps the old spelling
             assert value == expected, field
     for field in ("image_token_id", "vision_feature_layer", "vision_feature_select_strategy", "projector_hidden_act"):
         assert getattr(ours, field) == getattr(theirs, field)
@@ -256,10 +262,10 @@ def test_what_config_json_leaves_out_is_what_transformers_takes(name, tmp_path):
         ({}, {}, [2]),
     ],
 )
-def test_the_end_of_sequence_comes_from_generation_config_then_config_then_2(generation, config, expected, tmp_path):
+def test_eos_comes_from_generation_config_then_config_then_2(generation, config, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", **config}))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
-    assert LlavaConfig.from_dict(load.read_config(tmp_path)).eos_token_id == expected
+    assert LlavaConfig.from_pretrained(tmp_path).eos_token_id == expected
 
 
 # Saving
@@ -278,8 +284,8 @@ def test_the_end_of_sequence_comes_from_generation_config_then_config_then_2(gen
     ids=str,
 )
 @torch.no_grad()
-def test_what_we_save_transformers_loads(config, shard_bytes, make_pair, tmp_path, prompt, monkeypatch, check):
-    monkeypatch.setattr(load, "SHARD_BYTES", shard_bytes)
+def test_saved_checkpoints_load_in_transformers(config, shard_bytes, make_pair, tmp_path, prompt, monkeypatch, check):
+    monkeypatch.setattr(saving, "SHARD_BYTES", shard_bytes)
     ours, _ = make_pair(**config)
     ours.save_pretrained(tmp_path / "saved")
     theirs, info = transformers.LlavaForConditionalGeneration.from_pretrained(
@@ -290,7 +296,7 @@ def test_what_we_save_transformers_loads(config, shard_bytes, make_pair, tmp_pat
     check("saved by us, loaded by transformers", ours(**prompt()).logits, theirs(**prompt()).logits)
 
 
-def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(checkpoint, tmp_path, prompt):
+def test_a_model_can_be_saved_over_its_own_mapped_files(checkpoint, tmp_path, prompt):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     ours = LlavaForConditionalGeneration.from_pretrained(folder)
     before = ours(**prompt()).logits
@@ -300,10 +306,10 @@ def test_a_model_can_be_saved_over_the_files_it_is_mapped_from(checkpoint, tmp_p
     assert not list(folder.glob("*.part"))
 
 
-def test_saving_replaces_its_own_shards_and_nothing_else(make_pair, tmp_path, monkeypatch):
+def test_saving_deletes_old_shards_and_nothing_else(make_pair, tmp_path, monkeypatch):
     ours, _ = make_pair()
     folder = tmp_path / "saved"
-    monkeypatch.setattr(load, "SHARD_BYTES", 200_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 200_000)
     ours.save_pretrained(folder)
     (folder / "model_ema.safetensors").write_bytes(b"somebody else's")
     monkeypatch.undo()
@@ -312,14 +318,14 @@ def test_saving_replaces_its_own_shards_and_nothing_else(make_pair, tmp_path, mo
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_auto_is_float32_on_a_cpu_and_the_dtype_of_the_checkpoint_elsewhere(device, tmp_path):
+def test_auto_dtype_is_float32_on_a_cpu_and_the_checkpoints_elsewhere(device, tmp_path):
     make_judge().to(torch.float16).save_pretrained(tmp_path)
     model = LlavaForConditionalGeneration.from_pretrained(tmp_path, device=device)
     assert model.dtype == (torch.float32 if device == "cpu" else torch.float16)
 
 
 @torch.no_grad()
-def test_a_file_of_several_dtypes_loads_in_one(judge, tmp_path):
+def test_a_file_with_several_dtypes_loads_as_one_dtype(judge, tmp_path):
     tensors = in_layout(judge, "hub checkpoints")
     mixed = {name: tensor.half() if "mlp" in name else tensor for name, tensor in tensors.items()}
     write(tmp_path, judge, mixed)
@@ -328,14 +334,14 @@ def test_a_file_of_several_dtypes_loads_in_one(judge, tmp_path):
     assert torch.equal(ours.language_model.model.layers[0].mlp.up_proj.weight, expected)
 
 
-def test_a_saved_processor_is_complete(checkpoint, tmp_path, make_pair):
+def test_a_saved_processor_loads_and_encodes_alike(checkpoint, tmp_path, make_pair):
     make_pair()[0].save_pretrained(tmp_path / "saved")
     LlavaProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "saved")
     inputs = LlavaProcessor.from_pretrained(tmp_path / "saved")(text="a circle")
     assert torch.equal(inputs.input_ids, LlavaProcessor.from_pretrained(checkpoint)(text="a circle").input_ids)
 
 
-def test_an_image_processor_saved_by_transformers_5_is_found(checkpoint, tmp_path):
+def test_the_image_processor_of_processor_config_json_takes_precedence(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint, tmp_path / "copy")
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings | {"do_pad": True}}))
@@ -356,8 +362,8 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
-def test_converted_weights_are_never_held_twice(tmp_path, request):
+@pytest.mark.skipif(sys.platform != "linux", reason="reads peak memory from /proc")
+def test_converted_weights_are_never_in_memory_twice(tmp_path, request):
     judge = make_judge(text={"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 12}).half()
     write(tmp_path, judge, in_layout(judge, "hub checkpoints"))
     config = judge.config.to_dict()
@@ -374,26 +380,26 @@ PAGES = """
 import resource, sys
 import torch
 sys.path.insert(0, {root!r})
-from load import keep_freed_memory
+from extras.machine import keep_freed_memory
 def compute(): return [torch.ones(6_000_000) for _ in range(4)]
 keep_freed_memory()
-for _ in range(3): compute()
+for _ in range(8): compute()  # the first rounds still grow the heap
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 compute()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc")
-def test_layers_reuse_freed_memory(request):
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_reused_for_the_next_results(request):
     script = PAGES.format(root=str(request.config.rootpath))
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     print(f"{int(output)} new pages for results of 96 MB")
-    assert int(output) < 100  # 23,438 are needed
+    assert int(output) < 100  # 23,438 without `keep_freed_memory`
 
 
 @pytest.mark.parametrize(("platform", "library"), [("darwin", None), ("linux", object())])
-def test_without_glibc_memory_is_left_alone(platform, library, monkeypatch):
-    monkeypatch.setattr(load.sys, "platform", platform)
-    monkeypatch.setattr(load.ctypes, "CDLL", lambda name: library if library else pytest.fail("called"))
-    load.keep_freed_memory()
+def test_without_glibc_memory_settings_are_left_alone(platform, library, monkeypatch):
+    monkeypatch.setattr(machine.sys, "platform", platform)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: library if library else pytest.fail("called"))
+    machine.keep_freed_memory()

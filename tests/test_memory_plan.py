@@ -1,4 +1,4 @@
-"""Before a model is loaded that does not fit into memory, the command line says so, and what would fit."""
+"""The command line refuses a model that does not fit into memory before loading it, and says what would fit."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,13 @@ import pytest
 import torch
 from conftest import make_judge
 
-import check
+import config
 import llava
-from check import free_memory
-from llava import KVCache, LlavaConfig, LlavaForConditionalGeneration, check_memory
-from load import read_config, weight_bytes
+from extras import config_file, memory
+from extras.machine import free_memory
+from extras.memory import check_memory
+from llava import KVCache, LlavaConfig, LlavaForConditionalGeneration
+from load import weight_bytes
 
 CPU = torch.device("cpu")
 GROUP = "user.slice/app.scope"
@@ -20,69 +22,69 @@ GROUP = "user.slice/app.scope"
 @pytest.mark.parametrize("quantize", [None, "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
-def test_the_plan_is_what_the_loaded_model_takes_to_the_byte(stored, dtype, quantize, tmp_path, monkeypatch):
+def test_the_planned_size_matches_the_loaded_model_to_the_byte(stored, dtype, quantize, tmp_path, monkeypatch):
     make_judge().to(stored).save_pretrained(tmp_path)
-    config = LlavaConfig.from_dict(read_config(tmp_path))
-    planned = LlavaForConditionalGeneration.planned(config, dtype, "cpu", quantize)
+    planned = LlavaForConditionalGeneration.planned(LlavaConfig.from_pretrained(tmp_path), dtype, "cpu", quantize)
     assert all(tensor.is_meta for tensor in [*planned.parameters(), *planned.buffers()])
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype, quantize=quantize)
     size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
     assert weight_bytes(planned) == weight_bytes(loaded) == size
 
     cache = KVCache(loaded, max_length=200)
-    monkeypatch.setattr(llava, "WORKING_MEMORY", 0)
+    monkeypatch.setattr(memory, "WORKING_MEMORY", 0)
     total = size + cache.keys.nbytes + cache.values.nbytes
-    monkeypatch.setattr(llava, "free_memory", lambda device: total)
-    check_memory(tmp_path, dtype, CPU, quantize, 200)
-    monkeypatch.setattr(llava, "free_memory", lambda device: total - 1)
+    monkeypatch.setattr(memory, "free_memory", lambda device: total)
+    check_memory(tmp_path, LlavaForConditionalGeneration.planned, dtype, CPU, quantize, 200)
+    monkeypatch.setattr(memory, "free_memory", lambda device: total - 1)
     with pytest.raises(ValueError, match="needs"):
-        check_memory(tmp_path, dtype, CPU, quantize, 200)
+        check_memory(tmp_path, LlavaForConditionalGeneration.planned, dtype, CPU, quantize, 200)
 
 
 GB = 10**9
-SENTENCES = {  # free memory, dtype, quantisation -> what is said; the sizes are those of the 7B model, with 1000 tokens
-    "all that fit are offered": (
+# (free GB, dtype, quantize) -> the sentence, for the 7B model and 1000 tokens
+SENTENCES = {
+    "every option that fits": (
         (20, "auto", None),
         r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --quantize int8 \(9\.1 GB in all"
         r"\) or --dtype bfloat16 \(15\.2 GB in all\) or --dtype bfloat16 --quantize int8 \(8\.4 GB in all\)$",
     ),
-    "only those that fit": (
+    "only options that fit": (
         (12, "float16", None),
         r"needs 14\.1 GB \+ 0\.5 GB cache \+ 0\.5 GB to work with, 12\.0 GB free: "
         r"try --quantize int8 \(8\.4 GB in all\)$",
     ),
-    "never what is larger": (
+    "no option that is larger": (
         (8.7, "auto", "int8"),
         r"needs 7\.6 GB .*, 8\.7 GB free: try --dtype bfloat16 \(8\.4 GB in ",
     ),
-    "nothing fits": (
+    "no option fits": (
         (4, "auto", None),
-        r"even --dtype bfloat16 --quantize int8 takes 8\.4 GB in all; close other programs, or take a smaller model or",
+        r"even --dtype bfloat16 --quantize int8 takes 8\.4 GB in all; close other programs, or use a smaller model or",
     ),
-    "nothing smaller": ((4, "bfloat16", "int8"), "no option makes it smaller; close other programs"),
+    "no smaller option": ((4, "bfloat16", "int8"), "no option makes it smaller; close other programs"),
 }
 
 
 @pytest.mark.parametrize("case", SENTENCES)
-def test_the_sentence_has_the_figures_and_offers_what_fits(case, monkeypatch):
+def test_the_sentence_gives_the_sizes_and_the_options_that_fit(case, monkeypatch):
     (free, dtype, quantize), sentence = SENTENCES[case]
     vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
     vision |= {"image_size": 336, "patch_size": 14}
     text = {"vocab_size": 32064, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}
     text["rope_parameters"]["rope_theta"] = 1e4
-    config = {"vision_config": vision, "text_config": text, "dtype": "float16"}
-    monkeypatch.setattr(llava, "read_config", lambda folder: config)
-    monkeypatch.setattr(llava, "stored_tensors", lambda model, folder: None)
-    monkeypatch.setattr(llava, "free_memory", lambda device: int(free * GB))
+    raw = {"vision_config": vision, "text_config": text, "dtype": "float16"}
+    monkeypatch.setattr(config, "read_config", lambda folder: raw)
+    monkeypatch.setattr(memory, "stored_tensors", lambda model, folder: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free * GB))
     with pytest.raises(ValueError) as error:
-        check_memory(Path("llava-7b"), dtype, CPU, quantize, 1000)
+        check_memory(Path("llava-7b"), LlavaForConditionalGeneration.planned, dtype, CPU, quantize, 1000)
     assert re.search(sentence, str(error.value)), str(error.value)
     for total in re.findall(r"\(([\d.]+) GB in all\)", str(error.value)):
         assert float(total) <= free
 
 
-def test_the_command_line_ends_before_it_loads(checkpoint, monkeypatch, capsys):
-    monkeypatch.setattr(llava, "free_memory", lambda device: 10**8)
+def test_the_command_line_checks_memory_before_loading(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**8)
     monkeypatch.setattr(LlavaForConditionalGeneration, "from_pretrained", None)
     monkeypatch.setattr("sys.argv", ["llava.py", "--model", str(checkpoint), "Hello"])
     with pytest.raises(SystemExit, match=r"needs 0\.0 GB .*, 0\.1 GB free: "):
@@ -90,35 +92,35 @@ def test_the_command_line_ends_before_it_loads(checkpoint, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_programmer_loads_anyway(checkpoint, monkeypatch):
-    monkeypatch.setattr(llava, "free_memory", lambda device: 0)
+def test_from_pretrained_does_not_check_memory(checkpoint, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda device: 0)
     LlavaForConditionalGeneration.from_pretrained(checkpoint)
 
 
-def test_where_nobody_says_what_is_free_nothing_is_refused(checkpoint, tmp_path, monkeypatch):
-    assert free_memory(CPU, root=tmp_path) is None  # as on macOS and Windows: no /proc
-    monkeypatch.setattr(llava, "free_memory", lambda device: None)
-    check_memory(checkpoint, "auto", CPU, None, 10**9)
+def test_nothing_is_refused_if_free_memory_is_unknown(checkpoint, tmp_path, monkeypatch):
+    assert free_memory(CPU, root=tmp_path) is None  # no /proc, as on macOS and Windows
+    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    check_memory(checkpoint, LlavaForConditionalGeneration.planned, "auto", CPU, None, 10**9)
 
 
-def test_a_config_of_another_model_is_named_before_any_size(checkpoint, monkeypatch):
-    read_config = llava.read_config
+def test_a_config_that_does_not_match_the_weights_is_reported_before_memory(checkpoint, monkeypatch):
+    read_config = config_file.read_config
 
     def larger(folder):
-        config = read_config(folder)
-        return {**config, "text_config": {**config["text_config"], "hidden_size": 8192}}
+        raw = read_config(folder)
+        return {**raw, "text_config": {**raw["text_config"], "hidden_size": 8192}}
 
-    monkeypatch.setattr(llava, "read_config", larger)
-    monkeypatch.setattr(llava, "free_memory", lambda device: 10**6)
-    with pytest.raises(ValueError, match=r"do not fit its config\.json"):
-        check_memory(checkpoint, "auto", CPU, None, 100)
+    monkeypatch.setattr(config, "read_config", larger)
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**6)
+    with pytest.raises(ValueError, match=r"do not match its config\.json"):
+        check_memory(checkpoint, LlavaForConditionalGeneration.planned, "auto", CPU, None, 100)
 
 
-# What is free
+# Free memory
 
 
 def machine(root: Path, groups: str, files: dict[str, str | int]) -> Path:
-    """A folder with the files of a Linux system that has 8 GB available."""
+    """Writes the /proc and /sys files of a Linux machine with 8 GB available to a folder."""
     everything = {"proc/meminfo": "MemTotal: 16000000 kB\nMemAvailable: 8000000 kB\n", "proc/self/cgroup": groups}
     for name, text in (everything | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -134,16 +136,17 @@ def version_2(folder: str, limit: int | str, used: int = 3 * GB) -> dict[str, st
     return {f"{folder}memory.max": limit, f"{folder}memory.current": used, f"{folder}memory.stat": STAT}
 
 
-MACHINES = {  # -> GB that are free
+# (/proc/self/cgroup, files in /sys/fs/cgroup, free GB)
+MACHINES = {
     "no limit": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", "max"), 8.192),
     "version 2": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", 4 * GB), 1.5),
-    "version 2, the limit is further up": (
+    "version 2, limit on a parent group": (
         f"0::/{GROUP}\n",
         version_2(f"{GROUP}/", "max") | version_2("user.slice/", 5 * GB),
         2.5,
     ),
     "version 2, in a container": ("0::/\n", version_2("", 6 * GB), 3.5),
-    "version 2, a larger limit than the machine": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", 100 * GB), 8.192),
+    "version 2, limit above the machine's memory": (f"0::/{GROUP}\n", version_2(f"{GROUP}/", 100 * GB), 8.192),
     "version 2, over the limit": ("0::/\n", version_2("", 2 * GB), 0),
     "version 1": (
         "5:cpu:/x\n4:rdma,memory:/docker/ab\n0::/\n",
@@ -164,17 +167,17 @@ MACHINES = {  # -> GB that are free
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_control_groups_limit_what_is_free(name, tmp_path):
+def test_control_groups_limit_free_memory(name, tmp_path):
     groups, files, expected = MACHINES[name]
     assert free_memory(CPU, root=machine(tmp_path, groups, files)) == round(expected * GB)
 
 
-def test_files_that_make_no_sense_do_no_harm(tmp_path):
+def test_unreadable_control_group_files_are_ignored(tmp_path):
     files = {"memory.max": "much", "memory.current": "", "memory.stat": "none"}
     assert free_memory(CPU, root=machine(tmp_path, "0::/\n", files)) == 8_192_000_000
 
 
-def test_the_memory_of_a_gpu_is_what_cuda_says(monkeypatch):
+def test_free_memory_of_a_gpu_comes_from_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5 * GB, 16 * GB))
-    assert check.free_memory(torch.device("cuda")) == 5 * GB
+    assert free_memory(torch.device("cuda")) == 5 * GB
     assert free_memory(torch.device("mps")) is None

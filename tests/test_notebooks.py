@@ -123,9 +123,7 @@ def test_has_three_exercises_with_checks_solutions_and_wrong_answers(path):
     assert right | wrong <= {re.sub("wrong.*", "wrong", name) for name in solutions(path)}
 
 
-@pytest.mark.parametrize(
-    "path", [*NOTEBOOKS, ROOT / "README.md", *(ROOT / "notebooks").glob("*.md")], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *(ROOT / "notebooks").glob("*.md")], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     if path.suffix == ".md":
         text = path.read_text()

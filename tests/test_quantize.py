@@ -13,9 +13,9 @@ import transformers
 from conftest import make_judge
 from torch import nn
 
-import quantize
+from extras import quantize
+from extras.quantize import FloatLinear, HalfLinear, Int8Linear, compact_linears
 from llava import KVCache, LlavaForConditionalGeneration
-from quantize import FloatLinear, HalfLinear, Int8Linear, compact_linears
 
 
 def make_layer(width_in: int, width_out: int, bias: bool = True) -> tuple[Int8Linear, nn.Linear]:
@@ -148,7 +148,7 @@ OVERFLOW = """
 import sys
 import torch
 sys.path.insert(0, {root!r})
-from quantize import Int8Linear
+from extras.quantize import Int8Linear
 layer = Int8Linear(4096, 64, bias=False)
 layer.load_weight(torch.ones(64, 4096))
 assert layer.weight.is_mkldnn, "the products are not those of bytes"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from llava import choose_token, filter_logits
+from sampling import choose_token, filter_logits
 
 OPTIONS = [
     {"temperature": 0.7},

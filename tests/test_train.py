@@ -1,5 +1,5 @@
-"""train.py: its loss and gradients are the reference's, it learns what it should and nothing else, and it can be
-stopped, cut into micro-batches and divided among processes without changing what comes out."""
+"""train.py: loss and gradients match the reference, each stage trains only its own parameters, and neither a stop, nor
+micro-batches, nor several processes change the result."""
 
 import itertools
 import os
@@ -17,8 +17,8 @@ from tiny_training import CAPTIONS, COLOUR_QUESTIONS, COLOURS, MIXED, Workbench,
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 import train
-from data import Row, collate, encode_entry
 from evaluate import answer_questions
+from extras.data import Row, collate, encode_entry
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from load import our_name
 
@@ -27,7 +27,7 @@ TRAIN = str(Path(train.__file__).resolve())
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    torch.set_num_threads(1)  # as in the processes that are started: sums are added up in the same order
+    torch.set_num_threads(1)  # as in the processes that are started, so that sums are added in the same order
     return Workbench(tmp_path_factory.mktemp("training"))
 
 
@@ -45,7 +45,7 @@ def processor(bench):
 
 @pytest.fixture(scope="module")
 def batch(bench, processor):
-    """Makes the inputs of some entries."""
+    """Makes the inputs for some entries."""
 
     def batch(data, stage="instruct"):
         samples = [
@@ -65,7 +65,7 @@ def relative_error(ours, theirs):
 
 
 def train_steps(model, inputs, count=1, cut=None, rate=1e-2):
-    """Some steps on one batch, cut into pieces of `cut` rows."""
+    """Trains `count` steps on one batch, in pieces of `cut` rows."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0)
     answers = int(inputs.is_answer.sum())
     pieces = (
@@ -82,7 +82,7 @@ def rows_of(inputs, rows):
 # What is learned
 
 
-def test_loss_and_gradients_are_those_of_transformers(bench, model, batch):
+def test_loss_and_gradients_match_transformers(bench, model, batch):
     inputs = batch([MIXED[0], MIXED[6], MIXED[12]])  # one turn, two turns, text only: three lengths
     train.freeze(model, "instruct")
     loss = train.answer_loss(model, inputs) / inputs.is_answer.sum()
@@ -104,7 +104,7 @@ def test_loss_and_gradients_are_those_of_transformers(bench, model, batch):
 
 
 @pytest.mark.parametrize("stage", ["align", "instruct"])
-def test_a_stage_changes_its_parameters_and_no_others(model, batch, stage):
+def test_a_stage_changes_only_its_own_parameters(model, batch, stage):
     trained = {n for n, _ in model.named_parameters() if n.startswith("multi_modal_projector.")}
     if stage == "instruct":
         trained |= {n for n, _ in model.named_parameters() if n.startswith("language_model.")}
@@ -125,32 +125,32 @@ def test_gradient_checkpointing_does_not_change_gradients(bench, model, batch, s
     inputs = batch(CAPTIONS if stage == "align" else MIXED, stage)
     train.freeze(model, stage)
     train.answer_loss(model, inputs).backward()
-    again = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
-    train.freeze(again, stage)
-    train.checkpoint_layers(again)
+    recomputed = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
+    train.freeze(recomputed, stage)
+    train.checkpoint_layers(recomputed)
     calls = []
-    again.language_model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    train.answer_loss(again, inputs).backward()
-    assert len(calls) == 2  # a layer is computed a second time, instead of kept
-    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+    recomputed.language_model.model.layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
+    train.answer_loss(recomputed, inputs).backward()
+    assert len(calls) == 2  # the backward pass computes each layer a second time
+    for ours, theirs in zip(model.parameters(), recomputed.parameters(), strict=True):
         assert (ours.grad is None and theirs.grad is None) or torch.equal(ours.grad, theirs.grad)
 
 
-def test_accumulation_equals_the_big_batch(bench, batch):
-    inputs = batch(MIXED[:8])  # answers of very different lengths, so a mean of the pieces' means would be wrong
+def test_micro_batches_give_the_same_steps_as_the_whole_batch(bench, batch):
+    inputs = batch(MIXED[:8])  # answers of very different lengths, so averaging the means of the pieces would be wrong
     models = [LlavaForConditionalGeneration.from_pretrained(bench.folder / "base") for _ in range(2)]
     for model in models:
         train.freeze(model, "instruct")
     whole, pieces = train_steps(models[0], inputs, 3), train_steps(models[1], inputs, 3, cut=3)
     loss_error = max(abs(a[0] / b[0] - 1) for a, b in zip(whole, pieces, strict=True))
     norm_error = max(abs(a[1] / b[1] - 1) for a, b in zip(whole, pieces, strict=True))
-    print(f"relative errors over 3 steps in 3 pieces: loss {loss_error:.1e}, norm of the gradient {norm_error:.1e}")
+    print(f"relative errors over 3 steps in 3 pieces: loss {loss_error:.1e}, gradient norm {norm_error:.1e}")
     assert loss_error <= 1e-5
     assert norm_error <= 1e-4
 
 
 def test_bfloat16_autocast_runs_through_the_whole_model(bench, model, batch):
-    """What a GPU does, as far as a CPU can show it."""
+    """As on a GPU, as far as a CPU can show it."""
     train.freeze(model, "instruct")
     inputs = batch(MIXED)
     exact = train.answer_loss(model, inputs)
@@ -163,7 +163,7 @@ def test_bfloat16_autocast_runs_through_the_whole_model(bench, model, batch):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
-def test_the_learning_rate_is_the_cosine_of_transformers():
+def test_the_learning_rate_schedule_matches_transformers():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=4, num_training_steps=101)
     for step in range(101):  # 3 % of 101 steps, rounded up, are 4
@@ -175,7 +175,7 @@ def test_the_learning_rate_is_the_cosine_of_transformers():
 # From the command line to a folder
 
 
-def test_eight_pictures_are_learned_and_answered_word_for_word(bench):
+def test_eight_images_are_learned_and_answered_word_for_word(bench):
     options = ("--batch", 8, "--epochs", 200, "--learning-rate", 5e-3, "--system", "")
     folder = bench.train("learned", COLOUR_QUESTIONS, *options)
     print(f"loss {losses(folder)[0]:.2f} -> {losses(folder)[-1]:.5f}")
@@ -187,7 +187,7 @@ def test_eight_pictures_are_learned_and_answered_word_for_word(bench):
     assert answers == [f"It is {colour}." for colour in COLOURS]
 
 
-def test_the_folder_gives_the_same_logits_in_transformers(bench):
+def test_the_trained_checkpoint_gives_the_same_logits_in_transformers(bench):
     folder = bench.train("aligned", CAPTIONS, "--batch", 4, stage="align")
     model, processor = LlavaForConditionalGeneration.from_pretrained(folder), LlavaProcessor.from_pretrained(folder)
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
@@ -199,12 +199,12 @@ def test_the_folder_gives_the_same_logits_in_transformers(bench):
     with torch.no_grad():
         ours = model(**inputs).logits
         theirs = reference(input_ids=inputs.input_ids, pixel_values=pixels).logits
-    print(f"largest difference of logits: {(ours - theirs).abs().max():.1e} of {theirs.abs().max():.1f}")
+    print(f"largest difference between logits: {(ours - theirs).abs().max():.1e} of {theirs.abs().max():.1f}")
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
-def test_a_run_leaves_losses_as_table_and_picture_and_no_state(bench):
-    folder = bench.train("traces", CAPTIONS, "--batch", 4, "--epochs", 2, stage="align")
+def test_a_finished_run_leaves_loss_table_and_plot_but_no_state(bench):
+    folder = bench.train("outputs", CAPTIONS, "--batch", 4, "--epochs", 2, stage="align")
     header, *rows = (folder / "loss.csv").read_text().splitlines()
     assert header == "step,loss,learning_rate,gradient_norm"
     assert [row.split(",")[0] for row in rows] == ["1", "2", "3", "4"]
@@ -212,10 +212,10 @@ def test_a_run_leaves_losses_as_table_and_picture_and_no_state(bench):
     assert not (folder / train.STATE_FILE).exists()
 
 
-def test_training_leaves_the_base_as_it_was(bench):
+def test_training_does_not_change_the_base_checkpoint(bench):
     base = bench.folder / "base" / "model.safetensors"
     before = base.read_bytes()
-    bench.train("beside", COLOUR_QUESTIONS, "--batch", 4, "--learning-rate", 0.1)
+    bench.train("base_kept", COLOUR_QUESTIONS, "--batch", 4, "--learning-rate", 0.1)
     assert base.read_bytes() == before
 
 
@@ -226,7 +226,7 @@ def test_the_seed_makes_a_run_reproducible(bench):
     assert first != other
 
 
-def test_a_broken_entry_ends_with_a_sentence_unless_it_may_be_left_out(bench, capsys):
+def test_a_broken_entry_ends_the_run_unless_it_may_be_skipped(bench, capsys):
     data = [*CAPTIONS, {**CAPTIONS[0], "image": "nowhere.png"}]
     with pytest.raises(SystemExit, match=r"1 of 9 entries .* are broken(?s:.*)entry 8: its image is missing"):
         bench.train("broken", data, stage="align")
@@ -245,18 +245,18 @@ def test_the_traceback_is_shown_on_request(bench, monkeypatch):
 @pytest.mark.parametrize(
     "wrong", [["--batch", 0], ["--warmup-ratio", 2], ["--learning-rate", "nan"], ["--stage", "three"]]
 )
-def test_an_option_that_cannot_be_meant_ends_with_exit_code_2(bench, wrong):
+def test_an_invalid_option_ends_with_exit_code_2(bench, wrong):
     with pytest.raises(SystemExit) as exit:
         bench.train("wrong", CAPTIONS, *wrong, stage="align")
     assert exit.value.code == 2
 
 
-def test_a_loss_that_is_no_number_ends_the_run(bench):
+def test_a_loss_that_is_not_finite_ends_the_run(bench):
     with pytest.raises(SystemExit, match="lower --learning-rate"):
         bench.train("diverged", COLOUR_QUESTIONS, "--batch", 4, "--epochs", 4, "--learning-rate", 1e30)
 
 
-# Stopping, going on, dividing
+# Stopping, resuming, several processes
 
 LONG = ("--batch", 4, "--micro-batch", 2, "--epochs", 10, "--save-every", 3, "--learning-rate", 1e-3)  # 40 steps
 
@@ -267,7 +267,7 @@ def uninterrupted(bench):
 
 
 def stop_at(bench, output, step):
-    """A run that is stopped at a step, after its last save."""
+    """Runs until it is stopped in this step, after the last save."""
     real = train.train_step
     numbers = itertools.count(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -282,7 +282,7 @@ def stop_at(bench, output, step):
             bench.train(output, MIXED, *LONG)
 
 
-def test_a_killed_run_goes_on_to_the_same_losses_and_weights(bench, uninterrupted):
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(bench, uninterrupted):
     folder = bench.folder / "killed"
     command = [sys.executable, TRAIN, *bench.arguments("killed", MIXED, *LONG)]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
@@ -300,7 +300,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_weights(bench, uninterrupte
     assert (folder / "model.safetensors").read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
-def test_a_save_that_is_cut_off_leaves_the_one_before(bench, model, batch, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_previous_one(bench, model, batch, tmp_path, monkeypatch):
     train.freeze(model, "instruct")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     file = tmp_path / train.STATE_FILE
@@ -316,22 +316,22 @@ def test_a_save_that_is_cut_off_leaves_the_one_before(bench, model, batch, tmp_p
     assert train.load_state(file, model, optimizer, {"seed": 1}) == [(1.0, 2.0)]
 
 
-def test_a_stopped_run_does_not_go_on_with_other_settings(bench):
+def test_a_stopped_run_does_not_resume_with_other_settings(bench):
     stop_at(bench, "changed", 5)
     with pytest.raises(SystemExit, match=r"other settings \(seed was 0, now 1\)"):
         bench.train("changed", MIXED, *LONG, "--seed", 1)
 
 
-def test_a_finished_folder_is_not_trained_over(bench, uninterrupted):
-    with pytest.raises(SystemExit, match="holds a checkpoint already"):
+def test_a_finished_checkpoint_is_not_overwritten(bench, uninterrupted):
+    with pytest.raises(SystemExit, match="already contains a checkpoint"):
         bench.train("uninterrupted", MIXED, *LONG)
 
 
-@pytest.mark.parametrize("begun_by_one", [False, True])
-def test_two_processes_give_the_losses_of_one(bench, uninterrupted, begun_by_one):
-    """Gradient checkpointing is switched on, too. The second run was begun by one process and is finished by two."""
-    output = f"two{begun_by_one}"
-    if begun_by_one:
+@pytest.mark.parametrize("started_by_one", [False, True])
+def test_two_processes_give_the_same_losses_as_one(bench, uninterrupted, started_by_one):
+    """With gradient checkpointing. The second run is started by one process and resumed by two."""
+    output = f"two{started_by_one}"
+    if started_by_one:
         stop_at(bench, output, 20)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = bench.arguments(output, MIXED, *LONG, "--gradient-checkpointing")
@@ -372,7 +372,7 @@ def test_the_options_reach_every_step(bench, monkeypatch):
 
 
 def test_the_gradient_is_clipped(model, batch):
-    """With plain gradient descent the length of the step is that of the gradient."""
+    """With plain gradient descent, the step is as long as the gradient."""
     train.freeze(model, "instruct")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     before = [parameter.detach().clone() for parameter in trained]
@@ -385,7 +385,7 @@ def test_the_gradient_is_clipped(model, batch):
 
 
 @pytest.mark.parametrize(("stage", "rate", "size"), [("align", 1e-3, 256), ("instruct", 2e-5, 128)])
-def test_the_defaults_are_the_papers(stage, rate, size, monkeypatch):
+def test_the_defaults_are_those_of_the_paper(stage, rate, size, monkeypatch):
     paths = ["--model", "m", "--data", "d", "--images", "i", "--output", "o"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--stage", stage, *paths])
     args = train.parse_arguments()

@@ -1,4 +1,4 @@
-"""Training data: what of a conversation is learned, which entries are refused, how batches are put together."""
+"""Training data: which tokens of a conversation are learned, which entries are refused, how batches are formed."""
 
 import json
 import random
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_training import CAPTIONS, COLOURS, P, draw_pictures, entry, make_tiny_checkpoint
 
-from data import Row, Sample, ahead, collate, encode_entry, micro_batches, plan_epoch, read_data
+from extras.data import Row, Sample, collate, encode_entry, micro_batches, plan_epoch, prefetch, read_data
 from llava import LlavaProcessor
 from vision import LlavaImageProcessor
 
@@ -42,7 +42,7 @@ def encode(processor, pictures):
 
 @pytest.fixture(scope="module")
 def spelled(processor):
-    """Each token as it stands in the vocabulary, in brackets where it is learned."""
+    """The tokens as text, with brackets around those that are learned."""
 
     def spelled(sample):
         tokens = processor.tokenizer.convert_ids_to_tokens(sample.ids)
@@ -57,7 +57,7 @@ def spelled(processor):
 # What is learned
 
 
-def test_one_turn_with_an_image_learns_the_answer_and_its_end(encode, spelled):
+def test_one_turn_with_an_image_learns_the_answer_and_its_end_token(encode, spelled):
     sample = encode(entry("red.png", "<image>\nWhich color?", "a red one"))
     assert spelled(sample) == "<s> USER: <image> \nWhich color? ASSISTANT:[ a red one</s>]"
     assert sample.length == len(sample.ids) + P - 1
@@ -76,7 +76,7 @@ def test_a_conversation_without_an_image_learns_its_answers(encode, spelled):
     assert sample.length == len(sample.ids)
 
 
-def test_the_system_sentence_comes_first_and_is_not_learned(encode, spelled):
+def test_the_system_prompt_comes_first_and_is_not_learned(encode, spelled):
     sample = encode(entry(None, "How many?", "one"), system="Be nice.")
     assert spelled(sample) == "<s> Be nice. USER: How many? ASSISTANT:[ one</s>]"
 
@@ -86,7 +86,7 @@ def test_a_caption_is_learned_without_its_question(encode, spelled):
     assert spelled(sample) == "<s><image>[ a red disc</s>]"
 
 
-def test_an_image_mark_moves_to_the_front_of_its_question(encode, spelled):
+def test_an_image_token_moves_to_the_front_of_its_question(encode, spelled):
     sample = encode(entry("red.png", "Which color?\n<image>", "red"))
     assert spelled(sample) == "<s> USER: <image> \nWhich color? ASSISTANT:[ red</s>]"
 
@@ -98,7 +98,7 @@ def test_special_tokens_in_an_answer_are_plain_text(encode, stage):
     assert (sample.ids == 2).sum() == 1
 
 
-def test_a_long_conversation_loses_its_end(encode, spelled):
+def test_a_long_conversation_is_truncated_at_the_end(encode, spelled):
     whole = encode(entry("red.png", "<image>\nWhich color?", "red", "What shape?", "a disc"))
     cut = encode(entry("red.png", "<image>\nWhich color?", "red", "What shape?", "a disc"), max_length=whole.length - 2)
     assert cut.length == whole.length - 2
@@ -106,29 +106,29 @@ def test_a_long_conversation_loses_its_end(encode, spelled):
     assert cut.is_answer.tolist() == whole.is_answer[:-2].tolist()
 
 
-def test_an_image_that_does_not_fit_is_refused_not_cut(encode, processor):
-    mark = len(processor.tokenizer.encode("USER: "))  # <s> and the words before the image
+def test_an_image_that_does_not_fit_is_refused_not_truncated(encode, processor):
+    before = len(processor.tokenizer.encode("USER: "))  # <s> and the words before the image
     conversation = entry("red.png", "<image>\nWhich color?", "red")
-    with pytest.raises(ValueError, match=f"image does not fit in {mark + P - 1} tokens"):
-        encode(conversation, max_length=mark + P - 1)
+    with pytest.raises(ValueError, match=f"image does not fit in {before + P - 1} tokens"):
+        encode(conversation, max_length=before + P - 1)
     with pytest.raises(ValueError, match="no part of an answer fits"):
-        encode(conversation, max_length=mark + P)
+        encode(conversation, max_length=before + P)
 
 
-def test_a_first_turn_that_is_not_the_humans_is_left_out(encode):
-    begun_by_gpt = entry(None, "How many?", "one")
-    begun_by_gpt["conversations"].insert(0, {"from": "gpt", "value": "Hello!"})
-    assert encode(begun_by_gpt).ids.tolist() == encode(entry(None, "How many?", "one")).ids.tolist()
+def test_a_first_turn_by_gpt_is_dropped(encode):
+    started_by_gpt = entry(None, "How many?", "one")
+    started_by_gpt["conversations"].insert(0, {"from": "gpt", "value": "Hello!"})
+    assert encode(started_by_gpt).ids.tolist() == encode(entry(None, "How many?", "one")).ids.tolist()
 
 
-def test_when_every_entry_is_broken_it_says_why(tmp_path, processor, pictures):
+def test_if_every_entry_is_broken_the_error_says_why(tmp_path, processor, pictures):
     file = tmp_path / "data.json"
     file.write_text(json.dumps([entry("nowhere.png", "<image>\nWhich color?", "red")]))
     with pytest.raises(ValueError, match=r"(?s)1 of 1 entries.*entry 0.*nowhere.png"):
         read_data(file, "instruct", processor, pictures, "", 2048, skip_broken=True)
 
 
-def test_alignment_refuses_text_without_an_image(encode):
+def test_stage_align_refuses_text_without_an_image(encode):
     with pytest.raises(ValueError, match="one image and one caption"):
         encode(entry(None, "How many?", "one"), stage="align")
 
@@ -156,7 +156,7 @@ def test_an_epoch_has_every_sample_once():
     assert sorted(entries(plan_epoch(many_samples(), 32, "0"))) == list(range(1000))
 
 
-def test_the_seed_decides_the_order():
+def test_the_seed_determines_the_order():
     samples = many_samples()
     assert entries(plan_epoch(samples, 32, "0/1")) == entries(plan_epoch(samples, 32, "0/1"))
     assert entries(plan_epoch(samples, 32, "0/1")) != entries(plan_epoch(samples, 32, "0/2"))
@@ -168,7 +168,7 @@ def test_all_batches_but_the_last_are_full_and_of_one_modality():
     assert all(len({sample.image for sample in batch}) == 1 for batch in full)
 
 
-def test_grouping_wastes_less_than_half_of_the_padding():
+def test_grouping_more_than_halves_the_padding():
     samples = many_samples()
 
     def padding(batches):
@@ -183,7 +183,7 @@ def test_grouping_wastes_less_than_half_of_the_padding():
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 5), st.integers(1, 4))
-def test_processes_share_a_batch_and_go_the_same_way(pictured, size, world):
+def test_processes_share_a_batch_and_run_the_same_parts_of_the_model(pictured, size, world):
     batch = make_samples([1] * len(pictured), pictured)
     shares = [micro_batches(batch, size, rank, world) for rank in range(world)]
     counted = [row.sample.entry for share in shares for rows in share for row in rows if row.counts]
@@ -206,26 +206,26 @@ def test_rows_are_padded_on_the_right_and_only_answers_are_learned(encode, proce
     assert inputs.input_ids[0][inputs.is_answer[0]].tolist() == long.ids[long.is_answer].tolist()
 
 
-def test_pictures_are_padded_to_a_square_and_in_the_order_of_the_rows(encode, processor, pictures):
+def test_images_are_padded_to_a_square_and_in_the_order_of_the_rows(encode, processor, pictures):
     samples = [encode(entry(f"{c}.png", "<image>\nWhich color?", c)) for c in COLOURS[:3]]
     pixels = collate([Row(sample, True) for sample in samples], processor).pixel_values
     padded = LlavaImageProcessor(28, 28, do_pad=True)
     assert torch.equal(pixels, padded([Image.open(pictures / f"{c}.png") for c in COLOURS[:3]]))
 
 
-def test_a_picture_that_turns_out_damaged_is_named(encode, processor, tmp_path):
-    sample = encode_entry(7, CAPTIONS[0], "align", processor, _cut_short(tmp_path), "", 2048)
+def test_a_damaged_image_is_named(encode, processor, tmp_path):
+    sample = encode_entry(7, CAPTIONS[0], "align", processor, _truncated(tmp_path), "", 2048)
     with pytest.raises(ValueError, match=r"entry 7: .*red.png is a damaged image"):
         collate([Row(sample, True)], processor)
 
 
-def _cut_short(folder):
-    """A folder whose red.png has a good header and lacks its end."""
+def _truncated(folder):
+    """A folder whose red.png has a valid header but is truncated."""
     draw_pictures(folder)
     content = (folder / "red.png").read_bytes()
     (folder / "red.png").write_bytes(content[: len(content) // 2])
     return folder
 
 
-def test_working_ahead_keeps_the_order():
-    assert list(ahead(lambda n: n * n, iter(range(50)))) == [n * n for n in range(50)]
+def test_prefetching_keeps_the_order():
+    assert list(prefetch(lambda n: n * n, iter(range(50)))) == [n * n for n in range(50)]

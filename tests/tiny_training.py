@@ -1,4 +1,4 @@
-"""What the tests of training and scoring share: a folder with a small checkpoint, drawn pictures and data."""
+"""Shared by the tests of training and scoring: a folder with a small checkpoint, drawn pictures and data."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ P = 4  # tokens of an image: 28 x 28 pixels in patches of 14
 
 
 def draw_pictures(folder: Path) -> None:
-    """Writes red.png, green.png, ...: a disc of that colour on white, none of them square."""
+    """Writes red.png, green.png, ...: discs of that colour on white. No picture is square."""
     folder.mkdir(exist_ok=True)
     for i, colour in enumerate(COLOURS):
         draw_disc(folder / f"{colour}.png", colour, (40 + 3 * i, 60 - 2 * i), 5, 5)
@@ -23,7 +23,7 @@ CAPTIONS = [
     entry(f"{c}.png", "Describe it.\n<image>", "a disc " + "that is " * (i % 3) + c) for i, c in enumerate(COLOURS)
 ]
 COLOUR_QUESTIONS = [entry(f"{c}.png", "<image>\nWhich color?", f"It is {c}.") for c in COLOURS]
-# Pictures and text only, short and long answers, one turn and two: 8 + 5 entries
+# With pictures and without, short and long answers, one turn and two: 8 + 5 entries
 MIXED = [
     *COLOUR_QUESTIONS[:5],
     *[entry(f"{c}.png", "<image>\nWhich color?", c, "And what shape?", "A round one, " * 4) for c in COLOURS[5:]],
@@ -32,7 +32,7 @@ MIXED = [
 
 
 class Workbench:
-    """A folder with a checkpoint and pictures, in which the command line is run."""
+    """A folder with a checkpoint and pictures, in which the commands run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -40,7 +40,7 @@ class Workbench:
         draw_pictures(folder / "pictures")
 
     def arguments(self, output: str, data: list[dict], *options: object, stage: str = "instruct") -> list[str]:
-        """The command line that trains on `data`; writes the data file."""
+        """Writes `data` to a file and returns the command line that trains on it."""
         data_file = self.folder / f"{output}.json"
         data_file.write_text(json.dumps(data))
         paths = {"model": "base", "data": data_file.name, "images": "pictures", "output": output}

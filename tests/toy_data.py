@@ -2,8 +2,8 @@
 
     python tests/toy_data.py FOLDER
 
-It writes FOLDER/base (random weights, small enough to be trained within a minute), FOLDER/pictures, captions.json for
-stage align, conversations.json for stage instruct, and questions.jsonl about pictures that are in neither.
+It writes FOLDER/base (random weights, small enough to train within a minute), FOLDER/pictures, captions.json for stage
+align, conversations.json for stage instruct, and questions.jsonl about held-out pictures.
 """
 
 import json
@@ -22,7 +22,7 @@ COLOURS = ["red", "green", "blue", "black", "orange", "purple", "brown", "gray"]
 
 
 def make_tiny_checkpoint(folder: Path, seed: int = 0) -> None:
-    """Writes a checkpoint of 0.2 million parameters with grouped key heads."""
+    """Writes a checkpoint of 0.2 million parameters, with grouped-query attention."""
     write_processor_files(folder, image_size=28)
     vision = CLIPVisionConfig(32, 64, num_hidden_layers=3, num_attention_heads=2, image_size=28, patch_size=14)
     text = LlamaConfig(
@@ -45,14 +45,14 @@ def draw_disc(file: Path, colour: str, size: tuple[int, int], left: int, top: in
 
 
 def entry(image: str | None, *texts: str) -> dict:
-    """An entry of a data file: an image and what human and gpt say in turns."""
+    """An entry of a data file: an image, and a conversation in which human and gpt alternate."""
     roles = ["human", "gpt"] * len(texts)
     turns = [{"from": role, "value": text} for role, text in zip(roles, texts, strict=False)]
     return {"id": "x", "conversations": turns} | ({"image": image} if image else {})
 
 
 def make_toy_data(folder: Path, train: int = 1024, test: int = 100, seed: int = 0) -> None:
-    """Writes everything that the module's docstring names."""
+    """Writes everything that the module's docstring lists."""
     rng = random.Random(seed)
     make_tiny_checkpoint(folder / "base")
     (folder / "pictures").mkdir(parents=True, exist_ok=True)

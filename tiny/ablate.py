@@ -1,10 +1,10 @@
-"""What each part of the recipe is worth: the same short training without it, beside the whole.
+"""Ablations: short trainings of the full recipe and of variants with one part changed or removed.
 
     python tiny/ablate.py --folder BUILD        after build.py; about half an hour on two CPU cores
 
-Each variant goes through stage align on all captions and stage instruct on the first lists of facts and the first
-conversations, then answers questions: one seed each, so a difference of a few points means nothing. Stopped, the same
-command line goes on. The table is BUILD/ablations.md.
+Each variant is trained with stage align on all captions, and with stage instruct on the first lists of facts and the
+first conversations. Then it answers test questions. Each has one seed, so differences of a few points mean nothing. An
+interrupted run is resumed by the same command. The table is written to BUILD/ablations.md.
 """
 
 import argparse
@@ -26,15 +26,16 @@ from score import percent
 import evaluate
 import train
 from evaluate import read_lines
+from extras.activations import ACTIVATIONS
+from extras.files import write_json
 from llava import LlavaForConditionalGeneration
-from load import write_json
-from vision import ACTIVATIONS, CLIPVisionModel
+from vision import CLIPVisionModel
 
 LISTS, CONVERSATIONS = 10_000, 5_000  # of 36,000 and 216,000
 CPU = ["--device", "cpu"]
 UNALIGNED = "no alignment stage"
 FAMILIES = ["colour", "shape", "size", "position"]
-ACTIVATIONS["linear"] = nn.Identity()  # two linear layers with nothing between them are a linear projector
+ACTIVATIONS["linear"] = nn.Identity()  # without an activation, the two layers are one linear map
 
 
 def configure(folder: Path, **changes: object) -> None:
@@ -43,14 +44,14 @@ def configure(folder: Path, **changes: object) -> None:
 
 
 def forget_tower(folder: Path) -> None:
-    """The variant whose tower has seen nothing."""
+    """Replaces the vision tower with an untrained one."""
     torch.manual_seed(SEED)
     model = LlavaForConditionalGeneration.from_pretrained(folder)
     model.vision_tower = initialised(CLIPVisionModel(model.config.vision_config))
     model.save_pretrained(folder)
 
 
-VARIANTS: dict[str, Callable[[Path], object]] = {  # what is changed in the checkpoint to begin with
+VARIANTS: dict[str, Callable[[Path], object]] = {  # each changes a copy of the initial checkpoint
     "the recipe": lambda folder: None,
     UNALIGNED: lambda folder: None,
     "last layer instead of the last but one": partial(configure, vision_feature_layer=-1),
@@ -60,28 +61,30 @@ VARIANTS: dict[str, Callable[[Path], object]] = {  # what is changed in the chec
 
 
 def call(main: Callable[[], None], *arguments: str | Path | int | float) -> None:
-    """Runs a command line of the project in this process, where ACTIVATIONS has one entry more."""
+    """Runs one of the project's commands in this process, since only here does ACTIVATIONS have "linear"."""
     sys.argv = [main.__module__, *map(str, arguments)]
     main()
 
 
-def train_stage(stage: str, source: Path, target: Path, said: Path, images: Path, *options: int | float | str) -> None:
-    """Runs a stage of train.py, unless it has been run."""
+def train_stage(stage: str, source: Path, target: Path, data: Path, images: Path, *options: int | float | str) -> None:
+    """Runs a stage of train.py, unless its output is complete."""
     if not (target / "loss.png").exists():
-        where = ["--model", source, "--output", target, "--data", said, "--images", images]
+        where: list[str | Path] = ["--model", source, "--output", target, "--data", data, "--images", images]
         call(train.main, "--stage", stage, *where, "--system", "", "--seed", SEED, *CPU, "--micro-batch", 8, *options)
 
 
 def last_loss(folder: Path) -> str:
-    """The mean loss per token of a training's last 50 steps."""
+    """The mean loss per token of the last 50 steps."""
     losses = [float(line.split(",")[1]) for line in (folder / "loss.csv").read_text().splitlines()[1:][-50:]]
     return f"{sum(losses) / len(losses):.3f}"
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ablate.py", description="Trains without one part of the recipe each.")
-    parser.add_argument("--folder", required=True, type=Path, help="the folder that build.py has filled")
+    parser = argparse.ArgumentParser(
+        prog="ablate.py", description="Trains variants with one part of the recipe changed."
+    )
+    parser.add_argument("--folder", required=True, type=Path, help="folder written by build.py")
     folder = parser.parse_args().folder
     data, test = folder / "data", folder / "test"
     for name, number in [("words", LISTS), ("conversations", CONVERSATIONS)]:
@@ -100,13 +103,23 @@ def main() -> None:
         else:
             train_stage("align", base, aligned, data / "captions.json", data, "--batch", 32, "--learning-rate", 2e-3)
             losses = [last_loss(aligned)]
-        said = folder / "first_words.json", folder / "first_conversations.json"
-        train_stage("instruct", aligned, words, said[0], data, "--batch", 16, "--learning-rate", 2e-3)
-        train_stage("instruct", words, model, said[1], data, "--batch", 16, "--learning-rate", 1.5e-3)
+        first = folder / "first_words.json", folder / "first_conversations.json"
+        train_stage("instruct", aligned, words, first[0], data, "--batch", 16, "--learning-rate", 2e-3)
+        train_stage("instruct", words, model, first[1], data, "--batch", 16, "--learning-rate", 1.5e-3)
         scores = []
         for family in FAMILIES:
             questions, answers = test / f"{family}.jsonl", work / f"{family}.jsonl"
-            asked = ["--model", model, "--questions", questions, "--images", test, "--out", answers, "--short"]
+            asked = [
+                "--model",
+                model,
+                "--questions",
+                questions,
+                "--images",
+                test,
+                "--out",
+                answers,
+                "--short",
+            ]
             call(evaluate.main, *asked, "--metric", "exact", "--system", "", "--batch", 64, *CPU)
             lines = read_lines(questions)
             texts = {line["question_id"]: line["text"] for line in read_lines(answers)}

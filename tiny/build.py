@@ -1,10 +1,10 @@
-"""Makes the built-in model from nothing: data, pretraining, the two stages of train.py, scores.
+"""Builds the built-in model from scratch: data, pretraining, the two stages of train.py, scores.
 
     python tiny/build.py --folder BUILD            about two hours on two CPU cores
-    python tiny/build.py --folder BUILD --quick    about half an hour; it learns less
+    python tiny/build.py --folder BUILD --quick    about half an hour; the model learns less
 
-All steps can be stopped at any point: the same command line goes on, and what a finished step has written is kept.
-The trained model is BUILD/model, its scores are BUILD/scores.md, and BUILD/curves.png shows how the losses fell.
+The build can be interrupted at any point. The same command resumes it and keeps the output of finished steps.
+The trained model is in BUILD/model, its scores in BUILD/scores.md, and the loss curves in BUILD/curves.png.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from check import command_line
+from extras.terminal import command_line
 
 SEED = 0
-CURVES = {  # what is drawn: a table and its column
+CURVES = {  # title: (CSV file, column)
     "tower: captions and facts": ("tower.csv", "writing"),
     "decoder: scenes in words": ("decoder.csv", "loss"),
     "align: captions": ("aligned/loss.csv", "loss"),
@@ -33,7 +33,7 @@ CURVES = {  # what is drawn: a table and its column
 
 
 def run(threads: int, *commands: list[str | Path | int]) -> None:
-    """Runs commands beside one another, with so many threads each, and waits for all; a failure ends the build."""
+    """Runs commands in parallel, with `threads` threads each, and waits for all of them. A failure ends the build."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     running = []
@@ -43,12 +43,12 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
         running.append(subprocess.Popen(line, env=environment))
     failed = [process.wait() for process in running]
     if any(failed):
-        sys.exit("build.py: a step has failed; when its cause is mended, the same command line goes on from there")
+        sys.exit("build.py: a step failed; fix the cause, then resume with the same command")
     print(f"build.py: {(time.perf_counter() - start) / 60:.1f} minutes", file=sys.stderr)
 
 
 def draw_curves(folder: Path) -> None:
-    """Draws the losses of all trainings, each as the mean of up to 20 lines of its table."""
+    """Plots the losses of all training runs, each as a moving average over up to 20 rows of its CSV file."""
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     for axes, (title, (file, column)) in zip(figure.subplots(2, 3).flat, CURVES.items(), strict=True):
         with open(folder / file) as table:
@@ -64,8 +64,8 @@ def draw_curves(folder: Path) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="build.py", description="Makes the built-in model from nothing.")
-    parser.add_argument("--folder", required=True, type=Path, help="for all that is made, about 1 GB")
+    parser = argparse.ArgumentParser(prog="build.py", description="Builds the built-in model from scratch.")
+    parser.add_argument("--folder", required=True, type=Path, help="folder for all output, about 1 GB")
     parser.add_argument("--quick", action="store_true", help="fewer scenes and steps")
     args = parser.parse_args()
     folder, data, test = args.folder, args.folder / "data", args.folder / "test"
@@ -79,13 +79,13 @@ def main() -> None:
     pictures = [tiny / "make_data.py", "train", "--output", data, "--scenes", scenes, "--seed", SEED]
     run(
         1,
-        *([] if finished("data/conversations.json") else [pictures]),  # that file is written last
+        *([] if finished("data/conversations.json") else [pictures]),  # the last file that make_data.py writes
         [tiny / "pretrain.py", "tower", "--output", folder, "--steps", tower, "--seed", SEED],
         [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", decoder, "--batch", 16, "--seed", SEED],
     )
     if not finished("base/preprocessor_config.json"):
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
-    stages = [  # stage, from, to, data, samples per step, highest learning rate
+    stages = [  # stage, source, target, data, batch size, peak learning rate
         ("align", "base", "aligned", "captions", 32, 2e-3),
         ("instruct", "aligned", "words", "words", 16, 2e-3),
         ("instruct", "words", "facts", "facts", 16, 1.5e-3),
@@ -104,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line("build.py", main, "interrupted; the same command line goes on")
+    command_line("build.py", main, "interrupted; the same command resumes the build")

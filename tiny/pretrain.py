@@ -1,18 +1,19 @@
-"""What LLaVA takes for granted: a vision tower that has seen pictures, and a decoder that has read texts.
+"""Pretrains the parts that LLaVA starts from: the tokenizer, the vision tower and the decoder.
 
-    python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, from the world's texts
-    python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, from pictures with captions
-    python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, from scenes in words with conversations
-    python tiny/pretrain.py join      --output FOLDER   all, with a projector that has learned nothing, as a checkpoint
+    python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, trained on the world's texts
+    python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, trained on pictures with captions
+    python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, trained on scenes in words with conversations
+    python tiny/pretrain.py join      --output FOLDER   a checkpoint of these, with an untrained projector
 
-Every step makes its pictures and texts afresh, so nothing is seen twice. Both trainings save their state every so
-often, and the same command line goes on from there with the numbers that it would have had.
+Every step generates new pictures and texts, so no sample is seen twice. Tower and decoder training save their state
+regularly. The same command resumes an interrupted run, with the results of an uninterrupted one.
 
-The tower is CLIP's (arXiv 2103.00020): its CLS of the last layer and the last token of a caption in a small text
-encoder have to find one another among the pairs of a batch. Half of the pairs are near twins, which differ in shape or
-place. But contrast asks nothing of the patches, which are all that LLaVA reads. So beside it, and thrown away later, a
-small decoder has to write about the picture from the patch features of LLaVA's layer, as in CoCa (arXiv 2205.01917): a
-caption, or facts such as "circle red", so that what belongs to one thing comes to stand in one place.
+The tower is trained with CLIP's contrastive loss (arXiv 2103.00020): over all pairs of a batch, the CLS features of the
+last layer are matched with the features of a caption's last token from a small text encoder. Half of the pairs are near
+twins, which differ in shape or position. But the contrastive loss does not constrain the patch features, and LLaVA uses
+only those. Therefore a small decoder, discarded later, also has to generate text about the picture from the patch
+features of LLaVA's layer, as in CoCa (arXiv 2205.01917). The text is a caption, or facts such as "circle red". Facts
+make the tower store all attributes of a thing in the same patches.
 """
 
 import argparse
@@ -22,8 +23,10 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import sentencepiece
 import torch
@@ -32,31 +35,35 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import talk
 import world
 from make_data import conversation
 
-from check import command_line
-from llava import LlamaConfig, LlamaForCausalLM, LlamaModel, LlavaConfig, LlavaForConditionalGeneration
-from load import copy_processor_files, write_json, write_whole
+from extras.files import write_atomically, write_json
+from extras.saving import copy_processor_files
+from extras.terminal import command_line
+from llama import LlamaForCausalLM, LlamaModel
+from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from tokenizer import SHORT_ANSWER, LlamaTokenizer
 from vision import CLIPVisionConfig, LlavaImageProcessor
 
 VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
 LAYERS = 5  # of the decoder
 SAVE_EVERY = 250  # steps
-KEPT = {"tower": "writer.vision_tower.", "decoder": "language_model."}  # of what is trained
+KEPT = {"tower": "writer.vision_tower.", "decoder": "language_model."}  # prefixes of the weights that join keeps
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def text_config(tokenizer: LlamaTokenizer, layers: int) -> LlamaConfig:
-    """The shape of the decoder, and with fewer layers of the helpers that the tower is trained with."""
+    """The config of the decoder; with fewer layers, that of the auxiliary models in the tower's training."""
     rows = (tokenizer.pad_token_id // 64 + 1) * 64
     return LlamaConfig("llama", rows, 128, 352, layers, 4, max_position_embeddings=1024, rms_norm_eps=1e-5)
 
 
 @torch.no_grad()
-def initialised(model: nn.Module) -> nn.Module:
-    """Draws all matrices so that no layer makes its input much larger or smaller."""
+def initialised(model: Model) -> Model:
+    """Initialises all weight matrices so that every layer roughly preserves the scale of its input."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=0.02 if "embed" in name else parameter[0].numel() ** -0.5)
@@ -64,13 +71,13 @@ def initialised(model: nn.Module) -> nn.Module:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE with Llama's settings, learned from texts: the bytes of a tokenizer.model."""
+    """Trains a SentencePiece BPE with Llama's settings and returns the bytes of its tokenizer.model."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_writer=model,
         vocab_size=vocab_size,
-        hard_vocab_limit=False,  # few texts may have fewer pieces
+        hard_vocab_limit=False,  # a small corpus may yield fewer pieces
         model_type="bpe",
         byte_fallback=True,
         character_coverage=1.0,
@@ -85,26 +92,26 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def make_tokenizer(folder: Path) -> LlamaTokenizer:
-    """Trains a tokenizer on the world's texts, unless the folder has it, and reads it."""
+    """Loads the tokenizer of a folder. If there is none, trains it on the world's texts first."""
     if not (folder / "tokenizer.model").exists():
         texts = []
         for i in range(3000):
             rng = random.Random(f"tokenizer/{i}")
             scene = world.make_scene(rng)
-            texts += [world.notes(scene, rng), world.alt_text(scene)]
-            for turn in world.converse(scene, rng, 6):
+            texts += [talk.notes(scene, rng), talk.alt_text(scene)]
+            for turn in talk.converse(scene, rng, 6):
                 texts += [f"USER: {turn.question} ASSISTANT: {turn.sentence}", f"ASSISTANT: {turn.short}"]
-                texts += [f"?{turn.question}", f"?{SHORT_ANSWER.strip()}"]  # as after a line feed, without a space
+                texts += [f"?{turn.question}", f"?{SHORT_ANSWER.strip()}"]  # no space in front, as after a line feed
         model = train_tokenizer(texts, vocab_size=640)
         folder.mkdir(parents=True, exist_ok=True)
         count = len(sentencepiece.SentencePieceProcessor(model_proto=model))
         write_json(folder / "added_tokens.json", {"<image>": count, "<pad>": count + 1})
         write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "pad_token": "<pad>"})
-        write_whole(folder / "tokenizer.model", lambda part: part.write_bytes(model))
+        write_atomically(folder / "tokenizer.model", lambda part: part.write_bytes(model))
     return LlamaTokenizer.from_pretrained(folder)
 
 
-# What both trainings share
+# The training loop of tower and decoder
 
 
 def fit(
@@ -114,16 +121,18 @@ def fit(
     args: argparse.Namespace,
     peak: float,
 ) -> None:
-    """Trains all of a model: Muon (matrices between hidden states) and AdamW (the rest), constant, then falling rates.
+    """Trains all parameters: the hidden layers' matrices with Muon, the rest with AdamW.
+
+    The learning rate rises during a warmup, stays constant for the first half of the steps, then falls linearly.
 
     Args:
-        name: of the files: name.state to go on from, name.csv with the losses.
-        model: what is trained.
-        loss_of: step -> its loss, and other figures to be written down.
-        args: steps, output folder.
-        peak: the learning rate.
+        name: of the files: name.state holds the state to resume from, name.csv the losses.
+        model: the model to train.
+        loss_of: step -> its loss, and other figures to log.
+        args: steps, batch, seed and output folder.
+        peak: the highest learning rate.
 
-    Raises a ValueError if what is there to go on from was trained with other settings.
+    Raises a ValueError if the saved state is from a training run with other settings.
     """
     inner = [p for n, p in model.named_parameters() if p.ndim == 2 and "layers." in n]
     outer = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "layers." in n)]
@@ -132,12 +141,13 @@ def fit(
         torch.optim.AdamW(outer, lr=peak, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     state_file, table_file = args.output / f"{name}.state", args.output / f"{name}.csv"
-    begin, lines, settings = 0, [], {"steps": args.steps, "batch": args.batch, "seed": args.seed}
+    begin, settings = 0, {"steps": args.steps, "batch": args.batch, "seed": args.seed}
+    lines: list[str] = []
     if state_file.exists():
         state = torch.load(state_file)
         if state["settings"] != settings:
             raise ValueError(
-                f"{state_file} is of a training with {state['settings']}: use another folder, or delete it"
+                f"{state_file} is from a training run with {state['settings']}: use another folder, or delete the file"
             )
         begin, lines = state["step"], state["lines"]
         model.load_state_dict(state["model"])
@@ -165,26 +175,26 @@ def fit(
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             state |= {"step": step + 1, "lines": lines, "settings": settings}
-            write_whole(state_file, lambda part, state=state: torch.save(state, part))
+            write_atomically(state_file, partial(torch.save, state))
 
 
-def padded(rows: list[list[int]], value: int = 0) -> Tensor:
-    """(B, T), filled up on the right."""
+def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
+    """(B, T), padded on the right."""
     longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
 
 
 # The tower
 
 
-class TowerLesson(nn.Module):
-    """The vision tower and its teachers: a decoder that writes captions, and an encoder of texts to compare with."""
+class TowerTraining(nn.Module):
+    """The vision tower with its auxiliary models: a writing decoder, and a text encoder for the contrastive loss."""
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         super().__init__()
         self.tokenizer = tokenizer
         config = LlavaConfig(VISION, text_config(tokenizer, layers=2), tokenizer.image_token_id)
-        self.writer = LlavaForConditionalGeneration(config)  # its vision tower is the one that is kept
+        self.writer = LlavaForConditionalGeneration(config)  # only its vision tower is kept
         self.reader = LlamaModel(config.text_config)
         self.from_picture = nn.Linear(VISION.hidden_size, 128, bias=False)
         self.from_text = nn.Linear(config.text_config.hidden_size, 128, bias=False)
@@ -193,11 +203,11 @@ class TowerLesson(nn.Module):
     def forward(
         self, pixel_values: Tensor, captions: list[list[int]], texts: list[list[int]]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Pictures (N, 3, 96, 96), their captions, and texts to write, from <s> to </s> -> the loss, and its parts."""
+        """Pictures (N, 3, 96, 96), captions and target texts, the ids from <s> to </s> -> the loss and its parts."""
         tower, decoder = self.writer.vision_tower, self.writer.language_model
         before, last = tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
 
-        # Writing, as LLaVA will do it: the patches of the last layer but one in front, then the words.
+        # Writing, as in LLaVA: the patch features of the last layer but one precede the words.
         ids = padded(texts)  # (N, T)
         patches = self.writer.multi_modal_projector(before[:, 1:])  # (N, P, D)
         words = decoder.model.embed_tokens(ids)  # (N, T, D)
@@ -205,7 +215,7 @@ class TowerLesson(nn.Module):
         learned = torch.arange(1, ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]  # (N, T - 1)
         writing = F.cross_entropy(decoder.lm_head(hidden[learned]), ids[:, 1:][learned])
 
-        # Contrast, as CLIP does it: which of the captions belongs to which of the pictures?
+        # Contrast, as in CLIP: which caption belongs to which picture?
         ends = torch.tensor([len(caption) - 1 for caption in captions])
         text = self.reader(self.reader.embed_tokens(padded(captions)))[torch.arange(len(ends)), ends]  # (N, D), at </s>
         a = F.normalize(self.from_picture(tower.post_layernorm(last[:, 0])), dim=-1)  # (N, 128)
@@ -221,22 +231,22 @@ class TowerLesson(nn.Module):
         }
 
 
-def lesson(
+def tower_batch(
     step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
 ) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-    """Pictures (N, 3, 96, 96), captions, and texts to write: half of them scenes, half their near twins.
+    """Pictures (N, 3, 96, 96), captions and target texts. Half are scenes, half their near twins.
 
-    In the first part of the training, things are grey or have no particular shape. So shapes and colours are learned
-    apart, and a combination that was never seen is recognised by what it has in common with others. Without that,
-    "red" is taken for evidence against "star" when no star was ever red.
+    In the first fifth of the training, things are grey or have no particular shape. The tower therefore learns shapes
+    and colours independently, and recognises an unseen combination by what it shares with others. Without that, the
+    tower learns "red" as evidence against "star", because no star was ever red.
     """
     rng = random.Random(f"tower/{args.seed}/{step}")
     known = world.PLAIN if step < args.steps // 5 else world.KNOWN
     scenes = [world.make_scene(rng, known=known) for _ in range(args.batch // 2)]
     scenes += [world.make_twin(scene, rng, known) for scene in scenes]
-    captions = [world.alt_text(scene) for scene in scenes]
+    captions = [talk.alt_text(scene) for scene in scenes]
     texts = [
-        caption if i % 2 else world.ask_facts(scene, rng, 6).short
+        caption if i % 2 else talk.ask_facts(scene, rng, 6).short
         for i, (scene, caption) in enumerate(zip(scenes, captions, strict=True))
     ]
     ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in captions + texts]
@@ -244,24 +254,24 @@ def lesson(
 
 
 def train_tower(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
-    """Writes tower.state."""
+    """Trains the tower and writes tower.state."""
     torch.manual_seed(args.seed)
-    model = initialised(TowerLesson(tokenizer))
-    fit("tower", model, lambda step: model(*lesson(step, args, tokenizer)), args, peak=2e-3)
+    model = initialised(TowerTraining(tokenizer))
+    fit("tower", model, lambda step: model(*tower_batch(step, args, tokenizer)), args, peak=2e-3)
 
 
 # The decoder
 
 
-class DecoderLesson(nn.Module):
-    """A decoder that reads scenes in words, and answers questions about them."""
+class DecoderTraining(nn.Module):
+    """The decoder, trained to read scenes in words and answer questions about them."""
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         super().__init__()
         self.language_model = LlamaForCausalLM(text_config(tokenizer, LAYERS))
 
     def forward(self, rows: list[tuple[list[int], list[bool]]]) -> tuple[Tensor, dict[str, float]]:
-        """Conversations, as (ids, which of them are answers) -> the mean loss of the answers' tokens."""
+        """Conversations, as (ids, which of them belong to answers) -> mean loss and accuracy of the answer tokens."""
         ids = padded([ids for ids, _ in rows])  # (B, T)
         learned = padded([learned for _, learned in rows]).bool()[:, 1:]  # (B, T - 1)
         hidden = self.language_model.model(self.language_model.model.embed_tokens(ids))[:, :-1]
@@ -269,32 +279,31 @@ class DecoderLesson(nn.Module):
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
 
-def reading(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> list[tuple[list[int], list[bool]]]:
+def decoder_batch(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> list[tuple[list[int], list[bool]]]:
     """Conversations about scenes in words.
 
-    In the first half of the training guessing does not pay: there are always three things, no two of a colour or shape,
-    and every question but those for facts is about one of them.
+    In the first half of the training, guessing fails: there are always three things, no two share a colour or a shape,
+    and every question except those for facts is about one of them.
     """
     rng, rows, early = random.Random(f"decoder/{args.seed}/{step}"), [], step < args.steps // 2
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else world.make_scene(rng)
-        families = [*world.ATTRIBUTES, "details"] if early else None
-        turns = world.ask("facts", scene, rng) + world.converse(scene, rng, 3 if early else 4, families)
-        turns = conversation(turns, rng)
-        turns[0] = (f"{world.notes(scene, rng)}\n{turns[0][0]}", turns[0][1])
-        rows.append(tokenizer.encode_chat(turns, ""))
+        families = [*talk.ATTRIBUTES, "details"] if early else None
+        turns = talk.ask("facts", scene, rng) + talk.converse(scene, rng, 3 if early else 4, families)
+        (question, answer), *rest = conversation(turns, rng)
+        rows.append(tokenizer.encode_chat([(f"{talk.notes(scene, rng)}\n{question}", answer), *rest], ""))
     return rows
 
 
 def train_decoder(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
-    """Writes decoder.state."""
+    """Trains the decoder and writes decoder.state."""
     torch.manual_seed(args.seed)
-    model = initialised(DecoderLesson(tokenizer))
-    fit("decoder", model, lambda step: model(reading(step, args, tokenizer)), args, peak=3e-3)
+    model = initialised(DecoderTraining(tokenizer))
+    fit("decoder", model, lambda step: model(decoder_batch(step, args, tokenizer)), args, peak=3e-3)
 
 
 def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
-    """Writes the checkpoint that stage "align" begins with."""
+    """Writes the checkpoint that stage "align" starts from."""
     torch.manual_seed(args.seed)
     config = LlavaConfig(
         VISION, text_config(tokenizer, LAYERS), tokenizer.image_token_id, pad_token_id=tokenizer.pad_token_id
@@ -318,13 +327,13 @@ def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="pretrain.py", description="Trains what LLaVA takes for granted.")
+    parser = argparse.ArgumentParser(prog="pretrain.py", description="Pretrains the parts that LLaVA starts from.")
     add = parser.add_argument
-    add("what", choices=["tokenizer", "tower", "decoder", "join"])
-    add("--output", required=True, type=Path, help="folder for tokenizer, states and losses")
-    add("--steps", type=int, default=3000)
-    add("--batch", type=int, default=32)
-    add("--seed", type=int, default=0)
+    add("what", choices=["tokenizer", "tower", "decoder", "join"], help="what to train, or join for the checkpoint")
+    add("--output", required=True, type=Path, help="folder for tokenizer, training states, losses and checkpoint")
+    add("--steps", type=int, default=3000, help="training steps (default 3000)")
+    add("--batch", type=int, default=32, help="samples per step (default 32)")
+    add("--seed", type=int, default=0, help="seed of samples and initial weights (default 0)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
     tokenizer = make_tokenizer(args.output)
@@ -333,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line("pretrain.py", main, "interrupted; the same command line goes on from the last state")
+    command_line("pretrain.py", main, "interrupted; the same command resumes from the last saved state")

@@ -2,22 +2,22 @@
 
 
 # %% exercise 1
-# Rows come first: whoever goes down by a row of patches passes six of them.
+# Patches are numbered row by row: one row further down is six patches further on.
 def patch_at(x: int, y: int) -> int:
-    """The number of the patch in which the pixel lies."""
+    """The index of the patch that contains the pixel."""
     return (y // PATCH) * GRID + x // PATCH
 
 
 # %% exercise 1, wrong
-# x and y changed places: right only on the diagonal.
+# x and y are swapped: right only on the diagonal.
 def patch_at(x: int, y: int) -> int:
-    """The number of the patch in which the pixel lies."""
+    """The index of the patch that contains the pixel."""
     return (x // PATCH) * GRID + y // PATCH
 
 
 # %% exercise 2
-# The parameter is one tensor: set it to zero, and put it back whatever happens. (A hook on `tower.embeddings` that
-# takes the positions away again would do as well.)
+# The parameter is one tensor: set it to zero, and restore it whatever happens. (A hook on `tower.embeddings` that
+# subtracts the position embeddings again would do as well.)
 def without_positions(pixels: torch.Tensor) -> torch.Tensor:
     """(N, 3, 96, 96) -> (N, P, Dv)"""
     weight = tower.embeddings.position_embedding.weight
@@ -30,17 +30,17 @@ def without_positions(pixels: torch.Tensor) -> torch.Tensor:
 
 
 # %% exercise 2, wrong
-# The positions are taken from the output, when all layers have worked with them.
+# Subtracts the position embeddings from the output, after all layers have used them.
 def without_positions(pixels: torch.Tensor) -> torch.Tensor:
     """(N, 3, 96, 96) -> (N, P, Dv)"""
     return tower(pixels) - tower.embeddings.position_embedding.weight[1:]
 
 
 # %% exercise 3
-# The heads lie side by side in what goes into out_proj: 32 channels each. What a pre-hook returns takes the place of
-# the input.
+# The heads are concatenated in the input of out_proj, 32 channels each. The return value of a pre-hook replaces the
+# input.
 def without_head(pixels: torch.Tensor, layer: int, head: int) -> torch.Tensor:
-    """(N, 3, 96, 96) -> (N, P, Dv); layer and head are counted from 0."""
+    """(N, 3, 96, 96) -> (N, P, Dv); layer and head count from 0."""
     attention = tower.encoder.layers[layer].self_attn
     width = tower.config.hidden_size // attention.num_heads
 
@@ -57,9 +57,9 @@ def without_head(pixels: torch.Tensor, layer: int, head: int) -> torch.Tensor:
 
 
 # %% exercise 3, wrong
-# Every fourth channel instead of 32 in a row: the heads are not interleaved.
+# Zeroes every fourth channel instead of 32 consecutive ones: the heads are not interleaved.
 def without_head(pixels: torch.Tensor, layer: int, head: int) -> torch.Tensor:
-    """(N, 3, 96, 96) -> (N, P, Dv); layer and head are counted from 0."""
+    """(N, 3, 96, 96) -> (N, P, Dv); layer and head count from 0."""
     attention = tower.encoder.layers[layer].self_attn
 
     def silence(module: torch.nn.Module, arguments: tuple) -> tuple:

@@ -2,46 +2,46 @@
 
 
 # %% exercise 1
-# Each picture in front has put P positions where one token was.
-def beginnings(ids: list[int], P: int) -> list[int]:
-    """Ids with one image token (id `tokenizer.image_token_id`) per picture -> where each picture begins."""
+# Each earlier picture has replaced one token by P positions.
+def first_positions(ids: list[int], P: int) -> list[int]:
+    """Ids with one image token (id `tokenizer.image_token_id`) per picture -> the first position of each picture."""
     marks = [i for i, token_id in enumerate(ids) if token_id == tokenizer.image_token_id]
     return [mark + number * (P - 1) for number, mark in enumerate(marks)]
 
 
 # %% exercise 1, wrong
-# P more for each picture in front: but one of these positions was there already.
-def beginnings(ids: list[int], P: int) -> list[int]:
-    """Ids with one image token (id `tokenizer.image_token_id`) per picture -> where each picture begins."""
+# Adds P for each earlier picture, but one of these positions was there already.
+def first_positions(ids: list[int], P: int) -> list[int]:
+    """Ids with one image token (id `tokenizer.image_token_id`) per picture -> the first position of each picture."""
     marks = [i for i, token_id in enumerate(ids) if token_id == tokenizer.image_token_id]
     return [mark + number * P for number, mark in enumerate(marks)]
 
 
 # %% exercise 2
-# Shifted by one: what is to be said at t is the token t + 1, and whether it counts is the mask of t + 1, too.
+# Shifted by one: position t predicts token t + 1, and the mask of token t + 1 says whether that counts.
 def targets(turns: list[tuple[str, str]]) -> list[int]:
-    """Questions and answers -> one target for each token of `tokenizer.encode_chat(turns)`."""
+    """Questions and answers -> one target per token of `tokenizer.encode_chat(turns)`."""
     ids, learned = tokenizer.encode_chat(turns)
     return [after if counts else -100 for after, counts in zip(ids[1:], learned[1:], strict=True)] + [-100]
 
 
 # %% exercise 2, wrong
-# Not shifted: this teaches to repeat the token that was just read.
+# Not shifted: this teaches the model to repeat the token that it has just read.
 def targets(turns: list[tuple[str, str]]) -> list[int]:
-    """Questions and answers -> one target for each token of `tokenizer.encode_chat(turns)`."""
+    """Questions and answers -> one target per token of `tokenizer.encode_chat(turns)`."""
     ids, learned = tokenizer.encode_chat(turns)
     return [token_id if counts else -100 for token_id, counts in zip(ids, learned, strict=True)]
 
 
 # %% exercise 2, wrong: everything counts
 def targets(turns: list[tuple[str, str]]) -> list[int]:
-    """Questions and answers -> one target for each token of `tokenizer.encode_chat(turns)`."""
+    """Questions and answers -> one target per token of `tokenizer.encode_chat(turns)`."""
     ids, _ = tokenizer.encode_chat(turns)
     return [*ids[1:], -100]
 
 
 # %% exercise 3
-# A mask (B, T) as an index reads row by row, and so do features that are laid out as (N * P, D).
+# Indexing with a mask (B, T) selects row by row, which is also the order of features reshaped to (N * P, D).
 def splice(input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Ids (B, T) and features (N, P, D) -> embeddings (B, T, D)."""
     embeddings = model.language_model.model.embed_tokens(input_ids).clone()
@@ -50,12 +50,12 @@ def splice(input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
 
 
 # %% exercise 3, wrong
-# Picture i for row i: right only as long as every row has one picture.
+# Takes picture i for row i: right only if every row has exactly one picture.
 def splice(input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Ids (B, T) and features (N, P, D) -> embeddings (B, T, D)."""
     embeddings = model.language_model.model.embed_tokens(input_ids).clone()
     for row, ids in enumerate(input_ids):
-        places = (ids == tokenizer.image_token_id).nonzero()[:, 0]
-        for first in places[:: features.shape[1]].tolist():
+        positions = (ids == tokenizer.image_token_id).nonzero()[:, 0]
+        for first in positions[:: features.shape[1]].tolist():
             embeddings[row, first : first + features.shape[1]] = features[row]
     return embeddings

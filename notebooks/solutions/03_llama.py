@@ -2,46 +2,46 @@
 
 
 # %% exercise 1
-# Token t (from 1) sees t tokens, itself included: 1 + 2 + ... + T.
+# Token t (counted from 1) sees t tokens, itself included: 1 + 2 + ... + T.
 def visible_pairs(T: int) -> int:
-    """Pairs that a causal mask leaves."""
+    """How many pairs a causal mask leaves."""
     return T * (T + 1) // 2
 
 
 # %% exercise 1, wrong
-# As if nobody saw itself.
+# As if no token saw itself.
 def visible_pairs(T: int) -> int:
-    """Pairs that a causal mask leaves."""
+    """How many pairs a causal mask leaves."""
     return T * (T - 1) // 2
 
 
 # %% exercise 2
-# G = H / Hkv neighbours share a key head, as `repeat_interleave` repeats them.
-def key_head(h: int, H: int, Hkv: int) -> int:
-    """The head of keys and values that query head h reads."""
+# G = H / Hkv neighbouring query heads share a key-value head: the order of `repeat_interleave`.
+def key_value_head(h: int, H: int, Hkv: int) -> int:
+    """The key-value head that query head h reads."""
     return h // (H // Hkv)
 
 
 # %% exercise 2, wrong
-# As `repeat` would repeat them: 0, 1, 0, 1.
-def key_head(h: int, H: int, Hkv: int) -> int:
-    """The head of keys and values that query head h reads."""
+# The order of `repeat` instead: 0, 1, 0, 1.
+def key_value_head(h: int, H: int, Hkv: int) -> int:
+    """The key-value head that query head h reads."""
     return h % Hkv
 
 
 # %% exercise 3
-# A pre-hook catches the stream of A, and another, whose return value takes the place of the input, puts it into B.
+# A pre-hook catches the stream of A (in `trace`). Another one, whose return value replaces the input, puts it into B.
 def patched(inputs_a, inputs_b, i):
     """Probabilities (V,) of the next token for B, with A's image positions from the input of layer i on."""
-    place = [*decoder.layers, decoder.norm][i]
+    module = [*decoder.layers, decoder.norm][i]
     stream_a = trace(inputs_a)["in"][i]  # (T, D)
 
-    def put(module, arguments):
+    def put(_, arguments):
         x = arguments[0].clone()
         x[0, is_image] = stream_a[is_image]
         return (x, *arguments[1:])
 
-    hook = place.register_forward_pre_hook(put)
+    hook = module.register_forward_pre_hook(put)
     try:
         return model(**inputs_b).logits[0, -1].softmax(-1)
     finally:
@@ -49,13 +49,13 @@ def patched(inputs_a, inputs_b, i):
 
 
 # %% exercise 3, wrong
-# All positions are replaced, the last one with the answer, too: B then says what A says, wherever it is patched.
+# Replaces all positions, including the last one with the answer: B then says what A says, wherever it is patched.
 def patched(inputs_a, inputs_b, i):
     """Probabilities (V,) of the next token for B, with A's image positions from the input of layer i on."""
-    place = [*decoder.layers, decoder.norm][i]
+    module = [*decoder.layers, decoder.norm][i]
     stream_a = trace(inputs_a)["in"][i]
 
-    hook = place.register_forward_pre_hook(lambda module, arguments: (stream_a[None], *arguments[1:]))
+    hook = module.register_forward_pre_hook(lambda _, arguments: (stream_a[None], *arguments[1:]))
     try:
         return model(**inputs_b).logits[0, -1].softmax(-1)
     finally:

@@ -2,8 +2,8 @@
 
 
 # %% exercise 1
-def first_wrong(labels, ours, theirs, limit=1e-4):
-    """Lists of labels and of two models' outputs, in the order of computation -> a label or None."""
+def first_difference(labels, ours, theirs, limit=1e-4):
+    """The labels and the outputs of two models, in the order of computation -> a label or None."""
     for label, a, b in zip(labels, ours, theirs, strict=True):
         if (a - b).norm() > limit * b.norm():
             return label
@@ -11,7 +11,7 @@ def first_wrong(labels, ours, theirs, limit=1e-4):
 
 
 # %% exercise 1, wrong
-def first_wrong(labels, ours, theirs, limit=1e-4):
+def first_difference(labels, ours, theirs, limit=1e-4):
     """An absolute limit finds nothing where the numbers are small."""
     for label, a, b in zip(labels, ours, theirs, strict=True):
         if (a - b).abs().max() > limit:
@@ -21,21 +21,21 @@ def first_wrong(labels, ours, theirs, limit=1e-4):
 
 # %% exercise 2
 def round_rows(weight):
-    """(out, in) float32 -> (out, in) int8 and the scales (out,), so that weight is about int8 * scale."""
+    """(out, in) float32 -> (out, in) int8 and scales (out,), so that int8 * scale approximates the weight."""
     scale = weight.abs().amax(dim=1).clamp(min=1e-30) / 127
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
 # %% exercise 2, wrong
 def round_rows(weight):
-    """One scale for all rows: nothing is left of the small ones."""
+    """One scale for the whole matrix: rows of small weights are rounded to zero."""
     scale = (weight.abs().amax() / 127).expand(len(weight))
     return (weight / scale[:, None]).round().to(torch.int8), scale
 
 
-# %% exercise 2, wrong because it cuts off where it should round
+# %% exercise 2, wrong because it truncates instead of rounding
 def round_rows(weight):
-    """Up to a whole step of error, and always towards zero."""
+    """The error is up to a whole step, and always towards zero."""
     scale = weight.abs().amax(dim=1) / 127
     return (weight / scale[:, None]).to(torch.int8), scale
 
@@ -53,7 +53,7 @@ def diagnose(errors):
 
 # %% exercise 3, wrong
 def diagnose(errors):
-    """A mistake in the vision tower is wrong in the decoder as well, so it has to be asked for first."""
+    """A mistake in the vision tower also shows in the decoder, so the vision tower has to be checked first."""
     limit = 1e-4
     if errors["decoder"].max() < limit:
         return None

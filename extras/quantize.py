@@ -1,22 +1,22 @@
-"""Linear layers for CPUs: all cores stream the weights, which take four, two or one byte each.
+"""Linear layers for CPUs, with the fastest kernels for weights of four, two or one byte.
 
     FloatLinear  weight (out, in) float32
     HalfLinear   weight (out, in) float16 or bfloat16
-    Int8Linear   weight (out, in) int8, scale (out,) float32      with the true weight ~ int8 * scale
+    Int8Linear   weight (out, in) int8, scale (out,) float32      weight = int8 * scale, approximately
 
-A CPU that answers reads all weights from memory once per token, so their bytes are what an answer's speed depends on; a
-prompt has hundreds of rows and depends on arithmetic. Each layer does both in the way that CPUs are fast at, and takes
-the place of an `nn.Linear` for inference: the same arguments, names and shapes.
+Decoding reads every weight from memory once per token, so its speed depends on their size in bytes; a prompt has
+hundreds of rows, so its speed depends on arithmetic. Each layer uses a fast kernel for both cases, and is a drop-in
+replacement of `nn.Linear` for inference, with the same arguments, names and shapes.
 
-Int8 is symmetric and per output channel: each row of the matrix has the scale that brings its largest weight to 127.
-Only weights are rounded to 8 bits. The CPU's products of integers need bytes on both sides, so the activations are
-rounded to 14 bits, with a step for each row of them, and their upper and lower 7 bits are multiplied separately. (With
-8 bits each, CPUs without VNNI instructions would overflow, as they add products in pairs, into 16 bits.) The head stays
-as it is, for rounding it changes answers most; so do the word embeddings, which are looked up, not multiplied.
+Int8 quantisation is symmetric and per output channel: each row of the matrix has its own scale, which maps its largest
+weight to 127. Only weights are rounded to 8 bits. Integer products on CPUs need bytes on both sides, so activations are
+rounded to 14 bits, with one step per row, and their upper and lower 7 bits are multiplied separately. (With 8 bits
+each, CPUs without VNNI would overflow, because they add products in pairs, in 16 bits.) The head is not quantised,
+because rounding it changes answers most; nor are the word embeddings, which are looked up, not multiplied.
 
-Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which 14 bits make
-superfluous. The kernels were chosen by measuring, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI and BF16; there,
-PyTorch's own kernel for a single row of bfloat16 is twice as fast as oneDNN's.
+Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which activations of
+14 bits make unnecessary. The kernels were chosen by measurement, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI
+and BF16; there, PyTorch's own kernel for a single row of bfloat16 is twice as fast as oneDNN's.
 """
 
 import functools
@@ -25,11 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 256  # rows whose intermediate results stay in the CPU's cache
+BLOCK = 256  # rows per product: few enough for intermediate results to stay in the CPU's cache
 
 
 class FloatLinear(nn.Linear):
-    """Weights of float32: oneDNN multiplies them faster than MKL, which PyTorch takes."""
+    """Float32 weights, multiplied by oneDNN, which is faster than the MKL kernels that PyTorch uses."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
@@ -37,18 +37,18 @@ class FloatLinear(nn.Linear):
 
 
 class HalfLinear(nn.Linear):
-    """Weights of 16 bits: one row by PyTorch's own kernel, and several in float32 where the CPU has no better units."""
+    """16-bit weights: PyTorch's own kernel for one row; for several, float32 unless the CPU is fast at bfloat16."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)"""
         on_cpu, single = x.device.type == "cpu", x.shape[:-1].numel() == 1
         if on_cpu and single and torch.backends.mkldnn.enabled:
-            # For all threads; but only one that found oneDNN on switches it on again, so it cannot be left off.
-            torch.backends.mkldnn.enabled = False
+            # The flag is global, but only a thread that found it set sets it again, so it cannot stay cleared.
+            torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
             try:
                 return super().forward(x)
             finally:
-                torch.backends.mkldnn.enabled = True
+                torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         if on_cpu and not single and not computes_in(x.dtype):
             rows = x.float()
             parts = [multiply_floats(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)]
@@ -58,7 +58,7 @@ class HalfLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """Weights of one byte: a tensor (out, in), or on a CPU the same packed by oneDNN for its products of bytes."""
+    """Int8 weights: a tensor (out, in), on a CPU packed by oneDNN for its int8 kernel."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class Int8Linear(nn.Module):
 
     @torch.no_grad()
     def load_weight(self, weight: Tensor) -> None:
-        """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time, to need no second matrix."""
+        """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time: no float32 copy is needed."""
         self.scale = torch.empty(len(weight), device=weight.device)
         whole = torch.empty_like(weight, dtype=torch.int8)
         for rows, scale, rounded in zip(weight.split(32), self.scale.split(32), whole.split(32), strict=True):
@@ -81,7 +81,7 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(whole, requires_grad=False)
 
     def dequantized(self) -> Tensor:
-        """The weight matrix (out, in) that the layer computes with, float32."""
+        """The weight matrix (out, in) in float32, with the values that the layer computes with."""
         weight = self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
         return weight.float() * self.scale[:, None]
 
@@ -105,9 +105,9 @@ class Int8Linear(nn.Module):
 
 
 def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` for float32, but where PyTorch would take MKL, by oneDNN: MKL is slower at one row, 20 or 600.
+    """`F.linear` for float32 on a CPU, by oneDNN where PyTorch would use MKL: faster for one row, for 20 and for 600.
 
-    oneDNN's product has no gradients, so training takes PyTorch's.
+    oneDNN's product has no gradients, so training uses PyTorch's.
     """
     if torch.is_grad_enabled() or not torch.backends.mkl.is_available():
         return F.linear(x, weight, bias)
@@ -115,9 +115,9 @@ def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 
 def multiply_bytes(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """Rows (M, in) of bytes below 128, less 64, times a packed matrix (out, in) times scale (out,) -> (M, out) float32.
+    """((rows - 64) @ packed.T) * scale: uint8 rows (M, in) below 128, packed matrix (out, in) -> (M, out) float32.
 
-    Two rows come back as four: oneDNN's kernel for four is the faster one.
+    Two rows are computed, and returned, as four: oneDNN's kernel for four rows is faster.
     """
     if len(rows) == 2:
         rows = torch.cat([rows, rows])
@@ -127,7 +127,7 @@ def multiply_bytes(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
 
 @functools.cache
 def products_of_bytes() -> bool:
-    """Whether oneDNN multiplies bytes exactly here: on x86, which is where it has been tried, it does."""
+    """Whether oneDNN has an exact int8 kernel for this CPU. It has one on x86; other CPUs have not been tried."""
     weight, rows = torch.full((64, 64), 127, dtype=torch.int8), torch.full((4, 64), 127, dtype=torch.uint8)
     try:
         product = multiply_bytes(rows, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64))
@@ -136,21 +136,31 @@ def products_of_bytes() -> bool:
     return bool((product == 64 * 127 * 63).all())
 
 
-def compact_linears(model: nn.Module, quantize: str | None, device: torch.device) -> None:
-    """Exchanges the linear layers of a model without weights for those above, where that makes it smaller or faster."""
+def compact_linears(
+    model: nn.Module, quantize: str | None, device: torch.device, embedding_dtype: str | None = None
+) -> None:
+    """Replaces the linear layers of a meta-device model by those above, where that makes it smaller or faster.
+
+    With `quantize`, word embeddings of 16 bits keep that dtype, `embedding_dtype`, which loses nothing. Raises a
+    ValueError if `quantize` is not None or "int8".
+    """
+    if quantize not in (None, "int8"):
+        raise ValueError(f"quantize is {quantize!r}; it must be 'int8' or None")
     on_cpu = device.type == "cpu"
     for module in list(model.modules()):
         for name, child in module.named_children():
+            if quantize and name == "embed_tokens" and embedding_dtype in ("float16", "bfloat16"):
+                child.to(getattr(torch, embedding_dtype))
             if not isinstance(child, nn.Linear):
                 continue
             if quantize == "int8" and name != "lm_head":
                 setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
             elif on_cpu and child.weight.dtype in (torch.float16, torch.bfloat16):
-                child.__class__ = HalfLinear  # with the same parameters: a head that is tied stays tied
+                child.__class__ = HalfLinear  # keeps the parameters, so that a tied head stays tied
             elif on_cpu and child.weight.dtype == torch.float32 and child.weight.numel() >= 2**20:
-                child.__class__ = FloatLinear  # smaller ones gain little
+                child.__class__ = FloatLinear  # smaller layers gain little
 
 
 def computes_in(dtype: torch.dtype) -> bool:
-    """Whether this CPU is fast at wide products of these numbers: known only of bfloat16, with AVX-512 BF16."""
+    """Whether this CPU has fast matrix products in this 16-bit dtype: known only of bfloat16, with AVX-512 BF16."""
     return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # or False

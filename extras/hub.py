@@ -1,0 +1,29 @@
+"""Where a checkpoint is: a folder, or a repository of the Hugging Face hub that is downloaded."""
+
+from pathlib import Path
+
+
+def find_folder(name: str | Path) -> Path:
+    """The folder called `name`, or the local copy of the hub repository of that name, downloaded if necessary.
+
+    Raises a FileNotFoundError that says what to do if there is neither.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{name} is a file; give the folder that contains it")
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no folder {name}")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise FileNotFoundError(
+            f"there is no folder {name}; to download the repository of that name from the Hugging Face hub, "
+            "run: pip install huggingface_hub"
+        ) from None
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+    except Exception as error:  # network, authorisation, no such repository, disk full: the library has dozens of kinds
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise FileNotFoundError(f"{name} is not a folder and could not be downloaded from the hub: {reason}") from error
