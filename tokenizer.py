@@ -14,13 +14,13 @@ tokens and the decoding of bytes; LLaVA's conversation mode `vicuna_v1` for the 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 import sentencepiece
 
-from extras.files import read_json
+from extras.tokenizer_files import SPACE, read_tokenizer_files
 
 IMAGE_TOKEN = "<image>"
-SPACE = "\u2581"  # "▁", which stands for a space inside a piece
 
 # The system prompt of every training conversation of LLaVA-1.5; transformers' documentation leaves it out.
 VICUNA_SYSTEM = (
@@ -35,91 +35,43 @@ class LlamaTokenizer:
     """A SentencePiece model and the tokens that were added to its vocabulary.
 
     Args:
-        model_file: the SentencePiece model.
+        pieces: the SentencePiece model.
         added_tokens: text of each added token -> its id; `<image>` must be one of them.
         special: the added tokens that `skip_special_tokens` omits from decoded text; None means all.
         add_bos_token: whether encoded text starts with `<s>`.
         pad_token: the token that pads batches; `<unk>` if there is no such token.
-
-    Raises a ValueError if the file is not a SentencePiece model of Llama's kind, or the added tokens do not fit it.
+        prefix: where a space is put in front of text; see `extras.tokenizer_files.TokenizerFiles`.
     """
 
     def __init__(
         self,
-        model_file: str | Path,
+        pieces: sentencepiece.SentencePieceProcessor,
         added_tokens: dict[str, int],
         special: Iterable[str] | None = None,
         add_bos_token: bool = True,
         pad_token: str = "<pad>",
+        prefix: str = "model",
     ) -> None:
-        content = Path(model_file).read_bytes()
-        if content.startswith(b"version https://git-lfs"):
-            raise ValueError(f"{model_file} is a git-lfs pointer, not the file itself: run git lfs pull")
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=content or b"\0")  # b"" means "none yet"
-            texts = self.pieces.id_to_piece(list(range(len(self.pieces))))
-        except (RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{model_file} is not a SentencePiece model: is the download complete?") from error
-        if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
-            raise ValueError(f"{model_file} has no <s> or no </s>, so it is not Llama's")
-        if IMAGE_TOKEN not in added_tokens:
-            raise ValueError(
-                f"the tokenizer of {Path(model_file).parent} has no {IMAGE_TOKEN} token: is this a LLaVA checkpoint?"
-            )
-        by_id = dict(enumerate(texts))
-        for text, token_id in sorted(added_tokens.items(), key=lambda item: item[1]):
-            if by_id.setdefault(token_id, text) != text or not 0 <= token_id < len(by_id):
-                there = f"that is {by_id[token_id]}" if by_id[token_id] != text else f"the next id is {len(by_id) - 1}"
-                raise ValueError(
-                    f"the added token {text} of {Path(model_file).parent} cannot have the id {token_id}: {there}; "
-                    "tokenizer.model is from another checkpoint, or its download is incomplete"
-                )
-        control = [i for i in range(len(self.pieces)) if self.pieces.is_control(i) or self.pieces.is_unknown(i)]
-        self.special_tokens = {self.pieces.id_to_piece(i): i for i in control} | added_tokens
+        self.pieces, self.add_bos_token, self.prefix = pieces, add_bos_token, prefix
+        control = [i for i in range(len(pieces)) if pieces.is_control(i) or pieces.is_unknown(i)]
+        self.special_tokens = {pieces.id_to_piece(i): i for i in control} | added_tokens
         self.skipped_ids = {*control, *(added_tokens[text] for text in (added_tokens if special is None else special))}
         self.added_texts = {token_id: text for text, token_id in added_tokens.items()}
-        self.add_bos_token = add_bos_token
-        self.bos_token_id, self.eos_token_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.bos_token_id, self.eos_token_id = pieces.bos_id(), pieces.eos_id()
         self.image_token_id = added_tokens[IMAGE_TOKEN]
-        self.pad_token_id = self.special_tokens.get(pad_token, self.pieces.unk_id())
+        self.pad_token_id = self.special_tokens.get(pad_token, pieces.unk_id())
+        self.padding_side = "left"
         # Longest first: if one token is the beginning of another, the longer one is matched.
         by_length = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile(f"({'|'.join(map(re.escape, by_length))})")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "LlamaTokenizer":
-        """Reads `tokenizer.model` and, if they exist, `added_tokens.json` and `tokenizer_config.json`.
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Reads `tokenizer.model`, or else `tokenizer.json`, and the files that name the added tokens.
 
-        Raises a FileNotFoundError or ValueError that names the file that is missing or damaged.
+        Raises a FileNotFoundError or ValueError that names the file that is missing, damaged or of another kind.
         """
-        folder = Path(folder)
-        if not (folder / "tokenizer.model").is_file():
-            raise FileNotFoundError(
-                f"{folder} has no tokenizer.model: copy it from the original checkpoint (transformers 5 drops it)"
-            )
-        config = read_json(folder / "tokenizer_config.json", missing={})
-        added_tokens = read_json(folder / "added_tokens.json", missing={})
-        special = set(added_tokens)
-        try:
-            for token_id, token in (config.get("added_tokens_decoder") or {}).items():
-                added_tokens[token["content"]] = int(token_id)
-                if token.get("special"):
-                    special.add(token["content"])
-                else:
-                    special.discard(token["content"])
-            pad_token = config.get("pad_token") or "<pad>"
-            pad_token = str(pad_token["content"] if isinstance(pad_token, dict) else pad_token)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / 'tokenizer_config.json'} has malformed tokens: {error!r}") from error
-        if not all(text and type(text) is str and type(token_id) is int for text, token_id in added_tokens.items()):
-            raise ValueError(f"the added tokens of {folder} must map texts to ids: {str(added_tokens)[:200]}")
-        return cls(
-            folder / "tokenizer.model",
-            added_tokens,
-            special,
-            add_bos_token=config.get("add_bos_token", True) is not False,
-            pad_token=pad_token,
-        )
+        return cls(*read_tokenizer_files(Path(folder), IMAGE_TOKEN))
 
     # From text to ids
 
@@ -127,7 +79,8 @@ class LlamaTokenizer:
         """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens are recognised.
 
         The text is split at special tokens and each segment is encoded on its own, with SentencePiece's leading space.
-        That is why a LLaVA prompt has a bare "▁" (29871) after the image, where nobody typed a space.
+        That is why a LLaVA prompt has a bare "▁" (29871) after the image, where nobody typed a space. (A tokenizer.json
+        may put that space at the start of the text only: `prefix`.)
 
         Args:
             text: any string; lone surrogates, which UTF-8 cannot represent, become U+FFFD.
@@ -136,10 +89,10 @@ class LlamaTokenizer:
         """
         ids = [self.bos_token_id] if add_special_tokens and self.add_bos_token else []
         if split_special_tokens:
-            return ids + self._encode_plain(text)
-        for segment in self.special_pattern.split(text):
+            return ids + self._encode_plain(text, first=True)
+        for i, segment in enumerate(self.special_pattern.split(text)):
             token_id = self.special_tokens.get(segment)
-            ids += self._encode_plain(segment) if token_id is None else [token_id]
+            ids += self._encode_plain(segment, first=i == 0) if token_id is None else [token_id]
         return ids
 
     def encode_chat(
@@ -162,23 +115,27 @@ class LlamaTokenizer:
         """
         ids = [self.bos_token_id] if self.add_bos_token and not continued else []
         is_answer = [False] * len(ids)
-        lead = f"{system} " if system else ""
+        lead, first = f"{system} " if system else "", not continued
         for question, answer in turns:
             *before_images, rest = f"{lead}USER: {question} ASSISTANT:".split(IMAGE_TOKEN)
-            lead = ""
             for segment in before_images:
-                ids += [*self._encode_plain(segment), self.image_token_id]
+                ids += [*self._encode_plain(segment, first), self.image_token_id]
+                first = False
             # "ASSISTANT:" and the answer are encoded as one segment, but no piece spans the space between them, so the
             # answer's ids are those that follow the ids of the prompt alone.
-            answer_start = len(ids) + len(self._encode_plain(rest))
-            ids += self._encode_plain(rest if answer is None else f"{rest} {answer}")
+            answer_start = len(ids) + len(self._encode_plain(rest, first))
+            ids += self._encode_plain(rest if answer is None else f"{rest} {answer}", first)
+            lead, first = "", False
             if answer is not None:
                 ids.append(self.eos_token_id)
             is_answer += [position >= answer_start for position in range(len(is_answer), len(ids))]
         return ids, is_answer
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """Encodes with SentencePiece alone, which never produces a control token from text."""
+    def _encode_plain(self, text: str, first: bool) -> list[int]:
+        """Encodes a segment with SentencePiece, which never produces a control token; `first`: the text starts here."""
+        prefixed = self.prefix == "always" or (self.prefix == "first" and first)
+        if prefixed and text and not text.startswith((" ", SPACE)):
+            text = f" {text}"
         return self.pieces.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
 
     # From ids to text

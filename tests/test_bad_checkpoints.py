@@ -255,7 +255,7 @@ BROKEN = {
         " in .*a.safetensors and .* in b.safetensors are the same tensor",
     ),
     # The tokenizer
-    "no tokenizer.model": (remove("tokenizer.model"), "has no tokenizer.model: copy it from the original checkpoint"),
+    "no tokenizer": (remove("tokenizer.model"), "has no tokenizer: neither tokenizer.model nor tokenizer.json"),
     "tokenizer.model git-lfs": (file("tokenizer.model", GIT_LFS), "tokenizer.model is a git-lfs pointer"),
     "tokenizer.model empty": (cut("tokenizer.model", 0), "tokenizer.model is not a SentencePiece model"),
     "tokenizer.model truncated": (
