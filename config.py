@@ -6,21 +6,24 @@ Source: transformers' LlavaConfig for names and defaults. extras/config_file.py 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from extras.activations import ACTIVATIONS
 from extras.config_file import read_config
 from extras.files import known_fields
+from extras.hub import find_folder
 from llama import LlamaConfig
 from vision import CLIPVisionConfig
 
 
 @dataclass
 class LlavaConfig:
-    """The whole model: the shapes of the vision tower and the decoder, and how they are connected."""
+    """The shapes of vision tower and decoder, and how they are connected. Defaults are those of transformers."""
 
-    vision_config: CLIPVisionConfig
-    text_config: LlamaConfig
+    vision_config: CLIPVisionConfig = field(
+        default_factory=lambda: CLIPVisionConfig(1024, 4096, 24, 16, image_size=336, patch_size=14)
+    )
+    text_config: LlamaConfig = field(default_factory=LlamaConfig)
     image_token_id: int = 32000
     vision_feature_layer: int | list[int] = -2  # hidden states of the vision tower; several are concatenated
     vision_feature_select_strategy: str = "default"  # "default" drops CLS, "full" keeps it
@@ -32,19 +35,14 @@ class LlavaConfig:
     dtype: str | None = None  # of the stored weights
 
     @classmethod
-    def from_pretrained(cls, folder: Path) -> Self:
-        """Reads config.json and generation_config.json.
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Self:  # noqa: ANN401
+        """Reads config.json and generation_config.json of a folder, or of a repository of the hub.
 
         Raises:
             FileNotFoundError: there is no config.json.
             ValueError: a file is damaged, describes another kind of model, or has an invalid value.
         """
-        return cls.from_dict(read_config(folder))
-
-    @classmethod
-    def from_dict(cls, config: dict) -> Self:
-        """Takes the fields it knows from what `read_config` returns; a ValueError names an invalid one."""
-        file = "config.json"
+        config, file = read_config(find_folder(name, **options)), "config.json"
         return cls(
             CLIPVisionConfig(**known_fields(CLIPVisionConfig, config["vision_config"], f"{file}, vision_config")),
             LlamaConfig(**known_fields(LlamaConfig, config["text_config"], f"{file}, text_config")),

@@ -19,17 +19,17 @@ from extras.terminal import command_line, handle_early_interrupt
 if __name__ == "__main__":
     handle_early_interrupt("llava.py")
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import LlavaConfig
 from extras.activations import ACTIVATIONS
-from extras.chat import converse, parse_arguments
+from extras.chat import parse_arguments, run
 from extras.checks import (
     check_finite,
     check_forward,
@@ -38,19 +38,30 @@ from extras.checks import (
     check_sampling,
     left_padding,
 )
+from extras.compat import loading_options
+from extras.generation import GenerationConfig, collect, ends_and_padding
+from extras.hidden_states import with_hidden_states
 from extras.hub import find_folder
-from extras.images import load_image
-from extras.machine import pick_device, pick_dtype
-from extras.memory import check_memory
+from extras.machine import pick_dtype
 from extras.quantize import compact_linears
 from extras.saving import save_weights
 from llama import KVCache, LlamaConfig, LlamaForCausalLM
 from load import load_weights
 from processor import LlavaProcessor
-from sampling import choose_token
+from sampling import choose_token, penalize_repetition
 from vision import CLIPVisionModel
 
-__all__ = ["KVCache", "LlamaConfig", "LlavaConfig", "LlavaForConditionalGeneration", "LlavaProcessor"]
+AutoProcessor = LlavaProcessor  # for code written for transformers
+
+__all__ = [
+    "AutoProcessor",
+    "GenerationConfig",
+    "KVCache",
+    "LlamaConfig",
+    "LlavaConfig",
+    "LlavaForConditionalGeneration",
+    "LlavaProcessor",
+]
 
 
 class LlavaMultiModalProjector(nn.Module):
@@ -69,10 +80,17 @@ class LlavaMultiModalProjector(nn.Module):
         return self.linear_2(self.act(self.linear_1(x)))
 
 
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean cross-entropy of the next tokens: logits (B, T, V), labels (B, T) with -100 to ignore -> (), float32."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+
+
 class LlavaOutput(NamedTuple):
     """What the model returns."""
 
     logits: Tensor  # (B, T, V), or only the positions that were asked for
+    loss: Tensor | None = None  # (), with labels
+    hidden_states: tuple[Tensor, ...] | None = None  # embeddings, then the output of each layer
 
 
 class LlavaForConditionalGeneration(nn.Module):
@@ -81,6 +99,7 @@ class LlavaForConditionalGeneration(nn.Module):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__()
         self.config = config
+        self.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
         self.vision_tower = CLIPVisionModel(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = LlamaForCausalLM(config.text_config)
@@ -117,6 +136,9 @@ class LlavaForConditionalGeneration(nn.Module):
         attention_mask: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
+        **options: Any,  # noqa: ANN401
     ) -> LlavaOutput:
         """One pass through the model.
 
@@ -129,40 +151,52 @@ class LlavaForConditionalGeneration(nn.Module):
                 no gradients flow through a cache.
             logits_to_keep: the positions whose logits are computed: the last n (0: all), or the M positions where a
                 mask (B, T) is True, which gives logits (M, V).
+            labels: (B, T), the tokens to predict, -100 where there is none; adds the loss to the output.
+            output_hidden_states: adds the decoder's hidden states to the output.
+            options: transformers' arguments that change nothing here (extras/compat.py).
 
         Raises a ValueError that names the invalid argument.
         """
         started = cache is not None and cache.length > 0
         mask = None if started else attention_mask
-        check_forward(self.config, self.device, input_ids, pixel_values, mask, cache, logits_to_keep)
+        check_forward(self.config, self.device, input_ids, pixel_values, mask, cache, logits_to_keep, labels, options)
         padding = cache.padding if cache is not None and started else left_padding(mask)
         if cache is not None:
             cache.padding = padding
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        decoder, states = self.language_model.model, None
         with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
             embeddings = self.embed(input_ids, pixel_values)  # (B, T, D)
-            hidden = self.language_model.model(embeddings, cache, padding, keep)  # (B, T, D) or (B, keep, D)
+            if output_hidden_states:
+                hidden, states = with_hidden_states(decoder, embeddings, cache, padding)
+            else:
+                hidden = decoder(embeddings, cache, padding, keep)  # (B, T, D) or (B, keep, D)
             if isinstance(logits_to_keep, Tensor):
                 hidden = hidden[logits_to_keep]  # (M, D)
-            return LlavaOutput(self.language_model.lm_head(hidden))
+            logits = self.language_model.lm_head(hidden)
+            return LlavaOutput(logits, None if labels is None else next_token_loss(logits, labels), states)
 
     def generate(
         self,
         input_ids: Tensor,
         pixel_values: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int = 512,
-        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         generator: torch.Generator | None = None,
         cache: KVCache | None = None,
+        **options: Any,  # noqa: ANN401
     ) -> Tensor:
-        """The prompt and everything that `generate_stream` yields for it, with the same arguments: (B, T + new)."""
-        stream = self.generate_stream(
-            input_ids, pixel_values, attention_mask, max_new_tokens, temperature, top_k, top_p, generator, cache
-        )
-        return torch.cat([input_ids, *(tokens[:, None] for tokens in list(stream))], dim=1)
+        """The prompt and all that `generate_stream` yields for it: (B, T + new).
+
+        The arguments are those of `generate_stream`. `options` are transformers': do_sample, max_length, streamer,
+        generation_config and others (extras/generation.py). What is not given is taken from `self.generation_config`.
+        """
+        options |= {"pixel_values": pixel_values, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator, "cache": cache}
+        return collect(self.generate_stream, self.generation_config, input_ids, options)
 
     def generate_stream(
         self,
@@ -173,8 +207,11 @@ class LlavaForConditionalGeneration(nn.Module):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        repetition_penalty: float = 1.0,
         generator: torch.Generator | None = None,
         cache: KVCache | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
     ) -> Iterator[Tensor]:
         """Yields the next token of every sequence, (B,), as soon as it is chosen.
 
@@ -187,35 +224,40 @@ class LlavaForConditionalGeneration(nn.Module):
             attention_mask: (B, T), 0 for padding, which must be on the left.
             max_new_tokens: the maximum number of tokens to generate.
             temperature, top_k, top_p, generator: see `choose_token`.
+            repetition_penalty: see `penalize_repetition`; 1 is off.
             cache: a conversation of one sequence to continue; only the tokens that it does not hold are computed.
+            eos_token_id, pad_token_id: instead of those of `self.generation_config`.
 
         Raises a ValueError that names the invalid argument.
         """
-        check_sampling(temperature, top_k, top_p)
+        check_sampling(temperature, top_k, top_p, repetition_penalty)
         check_generation(self.config, self.device, input_ids, pixel_values, attention_mask, max_new_tokens, cache)
+        ends, padding = ends_and_padding(self.generation_config, eos_token_id, pad_token_id)
         batch_size, length = input_ids.shape
         steps = min(max_new_tokens, self.config.text_config.context_length - length)
         cache = cache or KVCache(self, batch_size)
         cache.reserve(length + steps)
-        unfinished = torch.arange(batch_size, device=input_ids.device)
-        new_ids = input_ids[:, cache.length :]
+        unfinished, ids = torch.arange(batch_size, device=input_ids.device), input_ids
         for step in range(steps):
             with torch.inference_mode():  # less overhead than no_grad, which matters for small models
-                logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]
+                new_ids = ids[:, cache.length :]
+                logits = self(new_ids, pixel_values, attention_mask, cache, logits_to_keep=1).logits[:, -1]  # (B, V)
                 if step == 0:
                     check_finite(logits, self)
-                chosen = choose_token(logits, temperature, top_k, top_p, generator)
+                if repetition_penalty != 1:
+                    logits = penalize_repetition(logits, ids, repetition_penalty)
+                chosen = choose_token(logits, temperature, top_k, top_p, generator)  # (B,)
+                ids = torch.cat([ids, chosen[:, None]], dim=1)
             pixel_values = attention_mask = None  # the cache has them now
-            tokens = torch.full((batch_size,), self.config.pad_token_id, device=input_ids.device)
+            tokens = torch.full((batch_size,), padding, device=input_ids.device)
             tokens[unfinished] = chosen
             yield tokens
-            going_on = [i for i, token in enumerate(chosen.tolist()) if token not in self.config.eos_token_id]
+            going_on = [i for i, token in enumerate(chosen.tolist()) if token not in ends]
             if not going_on or step == steps - 1:
                 return
             if len(going_on) < len(chosen):
-                unfinished, chosen = unfinished[going_on], chosen[going_on]
+                unfinished, ids = unfinished[going_on], ids[going_on]
                 cache.keep(going_on)
-            new_ids = chosen[:, None]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,6 +268,10 @@ class LlavaForConditionalGeneration(nn.Module):
     def device(self) -> torch.device:
         return self.language_model.model.embed_tokens.weight.device
 
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        """The number of parameters; a tied one counts once."""
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
     @classmethod
     def from_pretrained(
         cls,
@@ -233,6 +279,7 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantize: str | None = None,
+        **options: Any,  # noqa: ANN401
     ) -> Self:
         """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
 
@@ -242,10 +289,12 @@ class LlavaForConditionalGeneration(nn.Module):
                 few CPUs are fast at prompts in 16 bits, and elsewhere the dtype of the checkpoint.
             device: where the model runs.
             quantize: "int8" stores linear layers in one byte per weight (extras/quantize.py), rounded while loading.
+            options: transformers' arguments, such as torch_dtype, device_map and revision (extras/compat.py).
 
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
-        folder = find_folder(name)
+        dtype, device, hub = loading_options(dtype, device, options)
+        folder = find_folder(name, **hub)
         model = cls.planned(LlavaConfig.from_pretrained(folder), dtype, device, quantize)
         load_weights(model, folder, torch.device(device))
         model.tie_weights()
@@ -272,24 +321,10 @@ class LlavaForConditionalGeneration(nn.Module):
         save_weights(self, Path(folder), config, generation)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Loads processor and model, and answers: answers go to stdout, everything else to stderr."""
-    device = pick_device(args.device)
-    images = [load_image(source) for source in args.image]
-    processor = LlavaProcessor.from_pretrained(args.model)
-    if args.image_mode:
-        processor.image_processor.do_pad = args.image_mode == "pad"
-    tokens = len(images) * processor.image_seq_length + len((args.question or "").encode()) + args.max_new_tokens
-    plan = LlavaForConditionalGeneration.planned
-    check_memory(processor.folder, plan, args.dtype, device, args.quantize, tokens)
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, args.dtype, device, args.quantize)
-    converse(args, images, processor, model.generate_stream, KVCache(model), model.config.eos_token_id)
-
-
 def main() -> None:
     """The command line: exit code 0; 1 after one sentence on stderr; 2 for invalid options."""
     args = parse_arguments()
-    command_line("llava.py", lambda: run(args))
+    command_line("llava.py", lambda: run(args, LlavaForConditionalGeneration))
 
 
 if __name__ == "__main__":

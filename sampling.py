@@ -1,6 +1,6 @@
 """From logits to the next token: greedy decoding, or sampling with temperature, top-k and top-p.
 
-Both functions are pure: all randomness comes from the generator passed in. Source: transformers' logits processors, and
+All functions are pure: randomness comes from the generator passed in. Source: transformers' logits processors, and
 arXiv 1904.09751 for top-p (nucleus) sampling.
 """
 
@@ -29,6 +29,15 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int | None = None, 
         dropped[:, -1] = False  # the most likely token is never dropped
         logits = logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
     return logits
+
+
+def penalize_repetition(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Makes every token of ids (B, T) less likely (penalty above 1), or more (below): logits (B, V) -> (B, V).
+
+    Positive logits are divided by the penalty, negative ones multiplied (arXiv 1909.05858).
+    """
+    scores = logits.gather(1, ids)
+    return logits.scatter(1, ids, torch.where(scores < 0, scores * penalty, scores / penalty))
 
 
 def choose_token(

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from extras.checks import check_sampling
-from extras.machine import peak_memory
+from extras.images import load_image
+from extras.machine import peak_memory, pick_device
+from extras.memory import check_memory
 from llama import KVCache
 from processor import LlavaProcessor
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
@@ -59,6 +62,19 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.seed is not None and not 0 <= args.seed < 2**63:
         parser.error("--seed must be 0 or more, and below 2**63")
     return args
+
+
+def run(args: argparse.Namespace, model_class: Any) -> None:  # noqa: ANN401
+    """Loads processor and model, and answers. `model_class` is LlavaForConditionalGeneration of llava.py."""
+    device = pick_device(args.device)
+    images = [load_image(source) for source in args.image]
+    processor = LlavaProcessor.from_pretrained(args.model)
+    if args.image_mode:
+        processor.image_processor.do_pad = args.image_mode == "pad"
+    tokens = len(images) * processor.image_seq_length + len((args.question or "").encode()) + args.max_new_tokens
+    check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens)
+    model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize)
+    converse(args, images, processor, model.generate_stream, KVCache(model), model.generation_config.eos_token_id)
 
 
 def converse(

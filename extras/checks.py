@@ -3,12 +3,14 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from config import LlavaConfig
+from extras.compat import FORWARD, refuse
 from llama import KVCache
 from tokenizer import LlamaTokenizer
 from vision import LlavaImageProcessor
@@ -72,8 +74,11 @@ def check_forward(
     attention_mask: Tensor | None,
     cache: KVCache | None,
     logits_to_keep: int | Tensor,
+    labels: Tensor | None,
+    options: dict[str, Any],
 ) -> None:
-    """Raises a ValueError that names an invalid argument of the model's `forward`."""
+    """Raises a ValueError or TypeError that names an invalid argument of the model's `forward`."""
+    refuse("forward", options, FORWARD)
     if isinstance(logits_to_keep, int) and logits_to_keep < 0:
         raise ValueError(
             f"logits_to_keep is {logits_to_keep}; it must be 0 (all positions), a number above 0 or a mask"
@@ -81,6 +86,8 @@ def check_forward(
     check_inputs(config, device, input_ids, pixel_values, attention_mask)
     if cache is not None and cache.keys.shape[1] != len(input_ids):
         raise ValueError(f"the cache is for {cache.keys.shape[1]} sequences, but input_ids has {len(input_ids)}")
+    if labels is not None and (labels.shape != input_ids.shape or isinstance(logits_to_keep, Tensor) or logits_to_keep):
+        raise ValueError(f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, and need all logits")
 
 
 def check_image_tokens(is_image: Tensor, features: Tensor) -> None:
@@ -137,7 +144,7 @@ def check_generation(
         raise ValueError("the prompt has image tokens, but there are no pixel_values")
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float = 1.0) -> None:
     """Raises a ValueError if an option of `choose_token` is out of range or would have no effect."""
     if temperature != 0 and not 1e-5 <= temperature < math.inf:  # below that, logits divided by it would overflow
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy decoding), or 1e-5 or more")
@@ -145,6 +152,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         raise ValueError(f"top_k is {top_k}; it must be 1 or more")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
+    if not 0 < repetition_penalty < math.inf:
+        raise ValueError(f"repetition_penalty is {repetition_penalty}; it must be above 0 (1 is off)")
     if temperature == 0 and (top_k is not None or top_p is not None):
         raise ValueError("top_k and top_p need a temperature above 0: at 0, decoding is greedy")
 

@@ -63,15 +63,15 @@ def eos_tokens(model, inputs, count: int) -> list[int]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_sequences_stop_at_their_own_eos_and_are_padded(count, make_pair, batch):
     ours, theirs = make_pair()
-    ours.config.eos_token_id = eos_tokens(ours, batch, count)
-    expected = theirs.generate(**batch, max_new_tokens=20, eos_token_id=ours.config.eos_token_id, **GREEDY)
+    ours.generation_config.eos_token_id = eos_tokens(ours, batch, count)
+    expected = theirs.generate(**batch, max_new_tokens=20, eos_token_id=ours.generation_config.eos_token_id, **GREEDY)
     assert (expected == 421).any(), "a sequence has to finish before the others"
     assert torch.equal(ours.generate(**batch, max_new_tokens=20), expected)
 
 
 def test_finished_sequences_are_no_longer_computed(make_pair, batch):
     ours, _ = make_pair()
-    ours.config.eos_token_id = eos_tokens(ours, batch, 1)
+    ours.generation_config.eos_token_id = eos_tokens(ours, batch, 1)
     sizes = []
     ours.language_model.lm_head.register_forward_hook(lambda head, args, out: sizes.append(len(out)))
     ours.generate(**batch, max_new_tokens=20)
@@ -122,10 +122,8 @@ def chunks(ids: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
 def test_a_prompt_in_chunks_has_the_logits_of_a_single_pass(sizes, heads, make_pair, prompt, check):
     ours, _ = make_pair(text={"num_key_value_heads": heads})
     inputs = prompt(images=1, length=48)
-    ids, pixels = (
-        inputs["input_ids"].roll(-20, dims=1),
-        inputs["pixel_values"],
-    )  # so that the image is in the first 19 tokens
+    # Roll the ids so that the image is in the first 19 tokens.
+    ids, pixels = inputs["input_ids"].roll(-20, dims=1), inputs["pixel_values"]
     whole = ours(ids, pixels).logits
     cache, parts = new_cache(ours), []
     for chunk in chunks(ids, sizes):
@@ -232,9 +230,7 @@ def test_positions_count_from_the_first_real_token(make_pair, batch):
     ours, _ = make_pair()
     angles = []
     first_layer = ours.language_model.model.layers[0]
-    first_layer.register_forward_pre_hook(
-        lambda layer, args: angles.append(args[1])
-    )  # cos, one factor of RoPE's rotation
+    first_layer.register_forward_pre_hook(lambda layer, args: angles.append(args[1]))  # RoPE's cosines
     ours(**batch)
     ours(torch.ones(1, 8, dtype=torch.long))
     padded, plain = angles

@@ -10,10 +10,10 @@ ROOT = Path(__file__).parents[1]
 # there is no circle.
 FLOORS = {
     "leaves": "extras.activations extras.files extras.hub extras.images extras.machine extras.quantize extras.terminal",
-    "files of a checkpoint": "extras.config_file extras.saving extras.limits",
+    "files of a checkpoint": "extras.compat extras.config_file extras.limits extras.saving extras.tokenizer_files",
     "parts": "llama vision tokenizer sampling load",
     "configuration": "config",
-    "checks": "extras.checks extras.memory",
+    "checks": "extras.checks extras.generation extras.hidden_states extras.memory",
     "inputs": "processor",
     "users of the parts": "extras.chat extras.data",
     "model": "llava",
