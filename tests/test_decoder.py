@@ -64,7 +64,5 @@ def test_the_head_computes_only_the_requested_positions(make_pair, prompt):
 def test_bfloat16_rounds_where_transformers_rounds(make_pair, prompt, check):
     ours, theirs = make_pair(text={"num_key_value_heads": 2})
     ours, theirs, inputs = ours.bfloat16(), theirs.bfloat16(), prompt(images=0, length=200)
-    theirs.model.language_model.rotary_emb.inv_freq = (
-        ours.language_model.model.frequencies
-    )  # undo the rounding by .bfloat16()
+    theirs.model.language_model.rotary_emb.inv_freq = ours.language_model.model.frequencies  # unrounded
     check("decoder logits in bfloat16", ours(**inputs).logits, theirs(**inputs).logits, limit=1e-2)

@@ -1,4 +1,4 @@
-"""Attention takes the flash kernels wherever there is no padding: no mask tensor is built, on CPU and on CUDA."""
+"""Without padding, attention runs in the flash kernels and no mask tensor is built, on CPU and on CUDA."""
 
 import types
 
@@ -12,13 +12,13 @@ import llama
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")),
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")),
 ]
 
 
 @pytest.fixture
 def masks(monkeypatch):
-    """The `attn_mask` of every attention call of the decoder, while only the flash kernel is allowed."""
+    """The `attn_mask` of every attention call in the decoder; only the flash kernel is enabled."""
     seen = []
     attend = F.scaled_dot_product_attention
 
@@ -33,13 +33,13 @@ def masks(monkeypatch):
 
 @pytest.fixture(params=DEVICES)
 def model(request, make_pair):
-    """A model with grouped keys; in bfloat16 on CUDA, whose flash kernel knows no float32."""
+    """A model with grouped-query attention; in bfloat16 on CUDA, whose flash kernel does not support float32."""
     ours, _ = make_pair(text={"num_key_value_heads": 2, "hidden_size": 128})
     return ours.to(request.param, torch.bfloat16 if request.param == "cuda" else torch.float32)
 
 
 @torch.no_grad()
-def test_prompt_decoding_and_second_turn_run_in_the_flash_kernel_without_a_mask(model, prompt, masks):
+def test_prefill_decoding_and_a_second_turn_run_in_the_flash_kernel(model, prompt, masks):
     inputs = {name: tensor.to(model.device) for name, tensor in prompt().items()}
     cache = llama.KVCache(model)
     steps = [inputs, {"input_ids": inputs["input_ids"][:, :1]}, {"input_ids": inputs["input_ids"][:, :7]}]
@@ -48,12 +48,12 @@ def test_prompt_decoding_and_second_turn_run_in_the_flash_kernel_without_a_mask(
         masks.clear()
         model(**step, cache=cache)
         kinds.append({type(mask) for mask in masks})
-    nothing = type(None)
-    assert kinds == [{nothing}, {nothing}, {CausalBias}]  # the prompt, one token, several tokens after a prefix
+    none = type(None)
+    assert kinds == [{none}, {none}, {CausalBias}]  # the prompt, one token, several tokens after a prefix
 
 
 @torch.no_grad()
-def test_a_mask_tensor_is_only_built_for_a_padded_batch(model, prompt, masks):
+def test_only_a_padded_batch_gets_a_mask_tensor(model, prompt, masks):
     ids = prompt(images=0)["input_ids"].to(model.device)
     model(ids, attention_mask=torch.ones_like(ids))
     assert {type(mask) for mask in masks} == {type(None)}

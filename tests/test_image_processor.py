@@ -1,4 +1,4 @@
-"""The image processor gives the pixels that transformers' Pillow processors give, and files load as they load there."""
+"""Pixel values match transformers' Pillow image processors, and image files load as they do in transformers."""
 
 import contextlib
 import http.server
@@ -22,7 +22,7 @@ MODES = ["RGB", "RGBA", "L", "LA", "P", "CMYK", "1", "I;16", "I", "F", "YCbCr", 
 
 
 def images_of_all_modes() -> list[Image.Image]:
-    """60 images: 5 of random size in each of 12 modes, one of them transparent by palette."""
+    """60 images: 5 of random size in each of 12 modes, one of them with a transparent palette colour."""
     rng = np.random.default_rng(0)
     images = []
     for mode in MODES * 5:
@@ -35,7 +35,7 @@ def images_of_all_modes() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("do_pad", [False, True], ids=["crop", "pad"])
-def test_pixels_are_those_of_transformers(do_pad, check):
+def test_pixels_match_transformers(do_pad, check):
     judge = (LlavaImageProcessorPil if do_pad else CLIPImageProcessorPil)(**SETTINGS, do_pad=do_pad)
     ours = LlavaImageProcessor(**SETTINGS, do_pad=do_pad)
     for image in images_of_all_modes():
@@ -58,7 +58,7 @@ def test_pixels_are_those_of_transformers(do_pad, check):
     ],
     ids=str,
 )
-def test_the_settings_of_the_file_are_followed(settings):
+def test_pixels_match_transformers_for_other_settings(settings):
     rng = np.random.default_rng(1)
     for size in [(90, 61), (33, 120), (40, 41)]:
         image = random_image(rng, size)
@@ -66,7 +66,7 @@ def test_the_settings_of_the_file_are_followed(settings):
         torch.testing.assert_close(LlavaImageProcessor(**settings)(image), theirs, rtol=0, atol=2e-5)
 
 
-def test_several_images_make_one_batch():
+def test_a_batch_has_the_pixels_of_its_single_images():
     rng = np.random.default_rng(2)
     images = [random_image(rng) for _ in range(3)]
     processor = LlavaImageProcessor(**SETTINGS)
@@ -74,19 +74,19 @@ def test_several_images_make_one_batch():
 
 
 def marked_image() -> Image.Image:
-    """An image of which every turn and mirroring looks different."""
+    """An image that looks different under every rotation and reflection."""
     image = Image.new("RGB", (40, 24), "white")
     ImageDraw.Draw(image).polygon([(0, 0), (39, 0), (0, 12)], fill="red")
     return image
 
 
-def with_orientation(turn: int) -> bytes:
+def with_orientation(orientation: int) -> bytes:
     exif = Image.Exif()
-    exif[0x0112] = turn
+    exif[0x0112] = orientation
     return encoded(marked_image(), "JPEG", exif=exif)
 
 
-FILES = {f"EXIF orientation {turn}": with_orientation(turn) for turn in range(1, 9)} | {
+FILES = {f"EXIF orientation {i}": with_orientation(i) for i in range(1, 9)} | {
     "RGBA": encoded(marked_image().convert("RGBA").rotate(30), "PNG"),
     "palette": encoded(marked_image().convert("P"), "PNG"),
     "transparent palette": encoded(marked_image().convert("P"), "PNG", transparency=0),
@@ -102,7 +102,7 @@ FILES = {f"EXIF orientation {turn}": with_orientation(turn) for turn in range(1,
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_loads_as_in_transformers(name, tmp_path):
+def test_loaded_files_match_transformers(name, tmp_path):
     (tmp_path / "image").write_bytes(FILES[name])
     path = str(tmp_path / "image")
     ours, theirs = load_image(path), transformers_load_image(path)
@@ -111,12 +111,12 @@ def test_a_file_loads_as_in_transformers(name, tmp_path):
     assert ours.tobytes() == theirs.tobytes()
 
 
-def test_standard_input_is_an_image_too(monkeypatch):
+def test_an_image_can_be_read_from_standard_input(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(FILES["grey"])))
     assert load_image("-").size == (40, 24)
 
 
-def test_an_image_comes_from_a_url():
+def test_an_image_can_be_read_from_a_url():
     with serve({"/image.png": FILES["palette"]}) as address:
         assert load_image(f"{address}/image.png").tobytes() == marked_image().convert("P").convert("RGB").tobytes()
 

@@ -172,7 +172,7 @@ def test_control_groups_limit_free_memory(name, tmp_path):
     assert free_memory(CPU, root=machine(tmp_path, groups, files)) == round(expected * GB)
 
 
-def test_unreadable_control_group_files_are_ignored(tmp_path):
+def test_malformed_control_group_files_are_ignored(tmp_path):
     files = {"memory.max": "much", "memory.current": "", "memory.stat": "none"}
     assert free_memory(CPU, root=machine(tmp_path, "0::/\n", files)) == 8_192_000_000
 

@@ -1,4 +1,4 @@
-"""The whole model, from pixels and ids to logits and tokens, is transformers' LlavaForConditionalGeneration."""
+"""The whole model and its processor match transformers: inputs, logits, tokens and gradients."""
 
 import numpy as np
 import pytest
@@ -39,13 +39,13 @@ def their_processor(checkpoint):
 
 @pytest.mark.parametrize("images", [0, 1, 2, 3])
 @torch.no_grad()
-def test_logits_with_any_number_of_images_are_those_of_transformers(images, ours, theirs, prompt, check):
+def test_logits_match_transformers_for_any_number_of_images(images, ours, theirs, prompt, check):
     inputs = prompt(images=images)
     check(f"whole model, {images} images", ours(**inputs).logits, theirs(**inputs).logits)
 
 
 @torch.no_grad()
-def test_logits_of_a_padded_batch_are_those_of_transformers(ours, theirs, processor, check):
+def test_logits_of_a_padded_batch_match_transformers(ours, theirs, processor, check):
     images = [random_image(np.random.default_rng(i), (60, 50)) for i in range(3)]
     texts = ["<image> a", "no image at all, but many more words", "one <image> two <image> three"]
     inputs = processor(images=images, text=texts, padding=True)
@@ -56,7 +56,7 @@ def test_logits_of_a_padded_batch_are_those_of_transformers(ours, theirs, proces
 
 
 @torch.no_grad()
-def test_the_image_changes_the_answer(ours, prompt):
+def test_the_logits_depend_on_the_image(ours, prompt):
     inputs = prompt()
     before = ours(**inputs).logits[:, -1]
     after = ours(inputs["input_ids"], inputs["pixel_values"].flip(-1)).logits[:, -1]
@@ -64,10 +64,10 @@ def test_the_image_changes_the_answer(ours, prompt):
 
 
 @pytest.mark.parametrize("images", [0, 1, 2])
-def test_a_mismatch_of_image_tokens_and_images_is_refused_with_both_numbers(images, ours, prompt):
+def test_a_mismatch_of_image_tokens_and_images_is_refused(images, ours, prompt):
     inputs = prompt(images=2)
     inputs["input_ids"] = prompt(images=images)["input_ids"] if images < 2 else inputs["input_ids"][:, :-10]
-    with pytest.raises(ValueError, match=r"image tokens stand in the prompt, but 2 images have 18 features"):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ image tokens, but 2 images have 18 features"):
         ours(**inputs)
 
 
@@ -75,12 +75,12 @@ PROMPTS = {
     "one image": (["USER: <image>\nWhat's the content of the image? ASSISTANT:"], 1),
     "two images": (["USER: <image>\n<image>\nCompare. ASSISTANT:"], 2),
     "no image": (["USER: Hello ASSISTANT:"], 0),
-    "a batch of several lengths": (["USER: <image>\nWhat? ASSISTANT:", "x </s>USER: y", "<image><image>"], 3),
+    "batch of different lengths": (["USER: <image>\nWhat? ASSISTANT:", "x </s>USER: y", "<image><image>"], 3),
 }
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_inputs_are_those_of_transformers_processor(name, processor, their_processor):
+def test_inputs_match_transformers_processor(name, processor, their_processor):
     texts, count = PROMPTS[name]
     images = [random_image(np.random.default_rng(i)) for i in range(count)] or None
     ours = processor(images=images, text=texts, return_tensors="pt", padding=True)
@@ -90,7 +90,7 @@ def test_inputs_are_those_of_transformers_processor(name, processor, their_proce
     assert set(ours) == set(theirs) - {"token_type_ids", "mm_token_type_ids"}
 
 
-def test_the_example_of_transformers_documentation_runs(ours, theirs, processor, their_processor):
+def test_the_example_in_transformers_documentation_gives_the_same_answer(ours, theirs, processor, their_processor):
     image = random_image(np.random.default_rng(0))
     text = "USER: <image>\nWhat's the content of the image? ASSISTANT:"
     answers = []
@@ -101,7 +101,7 @@ def test_the_example_of_transformers_documentation_runs(ours, theirs, processor,
     assert answers[0] == answers[1]
 
 
-def test_loss_gradients_reach_every_parameter_that_the_answer_depends_on(make_pair, prompt, check):
+def test_gradients_match_transformers_for_every_parameter_that_affects_the_loss(make_pair, prompt, check):
     ours, theirs = make_pair()
     inputs = prompt()
     ids = inputs["input_ids"]
@@ -111,7 +111,7 @@ def test_loss_gradients_reach_every_parameter_that_the_answer_depends_on(make_pa
     their_gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
     our_gradients = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     assert len(our_gradients) == len(their_gradients)
-    assert len(our_gradients) == len(list(ours.parameters())) - 18  # the last vision layer and post_layernorm
+    assert len(our_gradients) == len(list(ours.parameters())) - 18  # all but the last vision layer and post_layernorm
     for (_, ours_), (_, theirs_) in zip(sorted(our_gradients.items()), sorted(their_gradients.items()), strict=True):
-        if theirs_.norm() > 1e-6:  # a key bias shifts all scores alike: its gradient is zero but for rounding
-            check("gradients of every parameter", ours_.flatten(), theirs_.flatten(), limit=1e-4)
+        if theirs_.norm() > 1e-6:  # a key bias shifts all scores equally: its gradient is rounding noise
+            check("gradients, every parameter", ours_.flatten(), theirs_.flatten(), limit=1e-4)

@@ -1,4 +1,4 @@
-"""Sampling draws from the distribution that transformers' warpers make, and the same seed draws the same."""
+"""The sampling distribution matches transformers' logits warpers, and a seed makes sampling reproducible."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def logits():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_distribution_is_that_of_transformers_warpers(options, logits, check):
+def test_the_distribution_matches_transformers_warpers(options, logits, check):
     expected = TemperatureLogitsWarper(options["temperature"])(None, logits)
     if "top_k" in options:
         expected = TopKLogitsWarper(options["top_k"])(None, expected)
@@ -32,7 +32,7 @@ def test_the_distribution_is_that_of_transformers_warpers(options, logits, check
     check("sampling distribution", filter_logits(logits, **options).softmax(-1), expected.softmax(-1), limit=1e-6)
 
 
-def test_equal_logits_are_treated_as_transformers_treats_them(check):
+def test_equal_logits_are_filtered_as_in_transformers(check):
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0, 1.0]])
     for k in (1, 2, 3, 4):
         assert torch.equal(filter_logits(logits, 1.0, top_k=k), TopKLogitsWarper(k)(None, logits))
@@ -40,24 +40,24 @@ def test_equal_logits_are_treated_as_transformers_treats_them(check):
         assert torch.equal(filter_logits(logits, 1.0, top_p=p), TopPLogitsWarper(p)(None, logits))
 
 
-def test_draws_follow_the_distribution():
+def test_samples_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     generator = torch.Generator().manual_seed(0)
-    draws = choose_token(logits.expand(20000, -1), 1.0, generator=generator)
-    frequencies = draws.bincount(minlength=4) / 20000
+    samples = choose_token(logits.expand(20000, -1), 1.0, generator=generator)
+    frequencies = samples.bincount(minlength=4) / 20000
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), rtol=0, atol=0.015)
 
 
-def test_the_same_seed_draws_the_same(make_pair, prompt):
+def test_a_seed_makes_sampling_reproducible(make_pair, prompt):
     ours, _ = make_pair()
 
-    def draw(seed: int) -> torch.Tensor:
+    def sample(seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         return ours.generate(**prompt(), max_new_tokens=30, temperature=1.5, top_p=0.95, generator=generator)
 
-    assert torch.equal(draw(1), draw(1))
-    assert not torch.equal(draw(1), draw(2))
+    assert torch.equal(sample(1), sample(1))
+    assert not torch.equal(sample(1), sample(2))
 
 
-def test_temperature_0_takes_the_likeliest_token(logits):
+def test_temperature_0_is_greedy_decoding(logits):
     assert torch.equal(choose_token(logits), logits.argmax(-1))

@@ -1,4 +1,4 @@
-"""The vision tower has the hidden states of transformers' CLIPVisionModel and computes no more than is asked for."""
+"""Hidden states of the vision tower match transformers' CLIPVisionModel, and no unneeded layer is computed."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def pixels():
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 1, 2, 3, 4, -1, -2, -5])
-def test_each_hidden_state_is_that_of_transformers(layer, pair, pixels, check):
+def test_every_hidden_state_matches_transformers(layer, pair, pixels, check):
     ours, theirs = pair
     states = theirs(pixels, output_hidden_states=True).hidden_states
     check("vision tower, every layer", ours(pixels, layer, "full"), states[layer])
@@ -33,7 +33,7 @@ def test_default_drops_the_cls_token_and_full_keeps_it(pair, pixels):
 
 @torch.no_grad()
 @pytest.mark.parametrize("strategy", ["default", "full"])
-def test_several_layers_stand_side_by_side_in_the_order_asked_for(strategy, pair, pixels):
+def test_several_layers_are_concatenated_in_the_requested_order(strategy, pair, pixels):
     ours, _ = pair
     expected = torch.cat([ours(pixels, layer, strategy) for layer in (-1, 1, 3)], dim=-1)
     assert torch.equal(ours(pixels, [-1, 1, 3], strategy), expected)
@@ -41,7 +41,7 @@ def test_several_layers_stand_side_by_side_in_the_order_asked_for(strategy, pair
 
 @torch.no_grad()
 @pytest.mark.parametrize(("layer", "computed"), [(-2, 3), (0, 0), (1, 1), ([1, -3], 2), (-1, 4)])
-def test_no_layer_is_computed_behind_the_last_one_wanted(layer, computed, pair, pixels):
+def test_layers_after_the_last_requested_one_are_not_computed(layer, computed, pair, pixels):
     ours, _ = pair
     calls = []
     for block in [*ours.encoder.layers, ours.post_layernorm]:
@@ -61,7 +61,7 @@ def test_no_layer_is_computed_behind_the_last_one_wanted(layer, computed, pair, 
     ],
     ids=str,
 )
-def test_projected_features_are_those_of_transformers(config, make_pair, check):
+def test_projected_features_match_transformers(config, make_pair, check):
     ours, theirs = make_pair(**config)
     size = ours.config.vision_config.image_size
     pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
@@ -71,7 +71,7 @@ def test_projected_features_are_those_of_transformers(config, make_pair, check):
 
 
 @torch.no_grad()
-def test_the_projector_alone_is_that_of_transformers(make_pair, check):
+def test_the_projector_alone_matches_transformers(make_pair, check):
     ours, theirs = make_pair()
     features = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
     expected = theirs.model.multi_modal_projector(features)

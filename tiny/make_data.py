@@ -4,6 +4,7 @@
     python tiny/make_data.py test  --output FOLDER --scenes 2400
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
+
 "train" also writes, in LLaVA's format:
 FOLDER/captions.json             a caption for each of the first tenth of the scenes (stage align)
 FOLDER/words.json, facts.json    facts in words, and in sentences, about additional scenes, half as many (stage

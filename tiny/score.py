@@ -1,4 +1,4 @@
-"""Scores the built-in model on newly generated scenes, and baselines that do not look at the picture.
+"""Scores the built-in model on newly generated scenes, next to baselines that work without the right picture.
 
     python tiny/make_data.py test --output TEST --scenes 2400
     python tiny/score.py --model tiny/model --test TEST
