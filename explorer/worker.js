@@ -1,0 +1,32 @@
+/**
+ * The Web Worker around llava.js: the model computes here, so that the page stays responsive.
+ *
+ *     {id, call: "load", buffer}        -> {id, config}, where buffer is the content of model.bin
+ *     {id, call: "answer", ...request}  -> {id, token} for each token, then {id, ...trace}
+ *
+ * `id` is chosen by the page and returned with every reply. A call that fails gets {id, error}, a sentence. For what is
+ * in a request, a token and a trace see `answer` in llava.js.
+ */
+
+import { answer, loadModel } from "./llava.js";
+
+let model;
+
+const calls = {
+  load({ buffer }) {
+    model = loadModel(buffer);
+    return { config: model.config };
+  },
+  answer({ id, ...request }) {
+    return answer(model, request, (token) => self.postMessage({ id, token }));
+  },
+};
+
+self.onmessage = ({ data: { call, ...request } }) => {
+  const { id } = request;
+  try {
+    self.postMessage({ id, ...calls[call](request) });
+  } catch (error) {
+    self.postMessage({ id, error: error.message });
+  }
+};
