@@ -169,6 +169,7 @@ class LlavaForConditionalGeneration(nn.Module):
             embeddings = self.embed(input_ids, pixel_values)  # (B, T, D)
             if output_hidden_states:
                 hidden, states = with_hidden_states(decoder, embeddings, cache, padding)
+                hidden = hidden[:, -keep:]
             else:
                 hidden = decoder(embeddings, cache, padding, keep)  # (B, T, D) or (B, keep, D)
             if isinstance(logits_to_keep, Tensor):
@@ -317,7 +318,8 @@ class LlavaForConditionalGeneration(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, generation_config.json and the weights in a form that transformers and this file load."""
         config = self.config.to_dict() | {"dtype": str(self.dtype).removeprefix("torch.")}
-        generation = {"bos_token_id": 1, **{name: config[name] for name in ("eos_token_id", "pad_token_id")}}
+        ends, padding = ends_and_padding(self.generation_config)
+        generation = {"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": padding}
         save_weights(self, Path(folder), config, generation)
 
 

@@ -108,7 +108,7 @@ def collect(
 
 
 def ends_and_padding(
-    defaults: GenerationConfig, eos_token_id: int | list[int] | None, pad_token_id: int | None
+    defaults: GenerationConfig, eos_token_id: int | list[int] | None = None, pad_token_id: int | None = None
 ) -> tuple[list[int], int]:
     """The tokens that end a sequence and the one that pads it: those of a call, else the defaults."""
     ends = defaults.eos_token_id if eos_token_id is None else eos_token_id

@@ -115,6 +115,18 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
     return file.getvalue()
 
 
+# Files whose tests start processes, train, or execute notebooks. All others are quick.
+SLOW = """bad_command_lines bad_images bad_training bench command_line docs explorer_model explorer_page fuzz load
+    notebooks quantize tiny train"""
+
+
+def pytest_collection_modifyitems(items):
+    slow = {f"test_{name}" for name in SLOW.split()}
+    for item in items:
+        if item.path.stem not in slow:
+            item.add_marker(pytest.mark.quick)
+
+
 ERRORS = pytest.StashKey[dict[str, tuple[float, float]]]()
 
 
