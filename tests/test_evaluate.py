@@ -9,7 +9,19 @@ from PIL import Image
 from tiny_training import COLOURS, Workbench
 
 import evaluate
-from evaluate import exact_match, letter_match, option_letter, pope, says_yes, vqa_accuracy, vqa_normalised
+from extras.benchmarks import read_questions
+from extras.scores import (
+    exact_match,
+    letter_match,
+    option_letter,
+    pope,
+    says_yes,
+    scienceqa_letter,
+    scienceqa_match,
+    score_table,
+    vqa_accuracy,
+    vqa_normalised,
+)
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 # Exact match
@@ -111,6 +123,28 @@ def test_an_answer_without_a_letter_is_wrong():
     assert letter_match("a car", ["B"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("B. a red car", "B"),
+        ("The answer is D.", "D"),
+        ("A cat is red. The answer is C. Therefore", "C"),
+        ("The answer is A. The answer is B.", None),  # two answers are none
+        ("The answer is B", None),  # something must follow the letter
+        ("B.", None),
+        ("(B)", None),
+        ("b", None),
+        ("F", None),  # there are at most five choices
+        ("Both B and C", None),
+        ("", None),
+    ],
+)
+def test_how_the_released_script_reads_an_answer_to_scienceqa(text, letter):
+    assert scienceqa_letter(text) == letter
+    assert scienceqa_match(text, ["D"]) == (letter == "D")
+
+
 # POPE
 
 
@@ -149,7 +183,7 @@ def test_pope_without_true_positives_is_zero_not_an_error(said, true):
 
 def test_the_table_has_one_line_per_category_and_one_for_all():
     questions = [{"category": c, "answers": ["red"]} for c in ("colour", "shape", "colour", "colour")]
-    table = evaluate.score_table(questions, ["red", "blue", "red", "blue"], "exact").splitlines()
+    table = score_table(questions, ["red", "blue", "red", "blue"], "exact").splitlines()
     assert [line.split() for line in table] == [
         ["category", "questions", "accuracy"],
         ["colour", "3", "66.67"],
@@ -231,7 +265,7 @@ def test_earlier_turns_precede_the_question_and_the_image_precedes_them(bench, t
     model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
     seen = []
     monkeypatch.setattr(model, "generate", lambda input_ids, *rest: seen.append(input_ids) or input_ids)
-    evaluate.answer_questions(model, processor, evaluate.read_questions(file, "", "exact"), bench.folder / "pictures")
+    evaluate.answer_questions(model, processor, read_questions(file, "exact")[2], bench.folder / "pictures")
     expected = "USER: <image>\nWhich color? ASSISTANT: red</s>USER: And what shape? ASSISTANT: A disc.</s>"
     expected += "USER: Why? ASSISTANT:"
     assert torch.equal(seen[0], processor(Image.new("RGB", (9, 9)), expected).input_ids)
@@ -242,7 +276,7 @@ def test_a_history_that_is_not_a_list_of_turns_is_refused(history, tmp_path):
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question_id": 1, "text": "Why?", "answer": "", "history": history}))
     with pytest.raises(ValueError, match="not a list of turns"):
-        evaluate.read_questions(file, "", "exact")
+        read_questions(file, "exact")
 
 
 def test_only_missing_answers_are_generated_again(command, tmp_path, monkeypatch):
@@ -261,6 +295,11 @@ def test_a_last_line_without_its_line_feed_is_kept(command, tmp_path):
     whole = command()
     (tmp_path / "answers.jsonl").write_text("".join(whole).rstrip("\n"))
     assert command(model=None) == whole
+
+
+def test_a_missing_image_is_reported_before_the_model_is_loaded(command):
+    with pytest.raises(SystemExit, match=r"question 0 needs the image red.png, not in \.$"):
+        command("--images", ".", model="no such model")
 
 
 def test_complete_answers_are_scored_without_a_model(command, questions, tmp_path, capsys):
@@ -320,7 +359,7 @@ def test_ground_truth_that_the_metric_cannot_use_is_refused_at_once(metric, answ
     file = tmp_path / "q.jsonl"
     file.write_text(json.dumps({"question_id": 1, "text": "Which?"} | answers))
     with pytest.raises(ValueError, match=sentence):
-        evaluate.read_questions(file, "", metric)
+        read_questions(file, metric)
 
 
 def test_ground_truth_may_be_in_the_format_of_vqa_or_numbers(tmp_path):
@@ -330,4 +369,4 @@ def test_ground_truth_may_be_in_the_format_of_vqa_or_numbers(tmp_path):
         {"question_id": 2, "text": "?", "answers": [3] * 4},
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [question["answers"] for question in evaluate.read_questions(file, "", "vqa")] == [["red"] * 4, ["3"] * 4]
+    assert [question["answers"] for question in read_questions(file, "vqa")[2]] == [["red"] * 4, ["3"] * 4]

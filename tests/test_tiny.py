@@ -19,7 +19,7 @@ import world
 from PIL import Image
 
 import evaluate
-from evaluate import read_lines
+from extras.benchmarks import read_lines
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 from tokenizer import SHORT_ANSWER, LlamaTokenizer
 

@@ -25,8 +25,8 @@ from score import percent
 
 import evaluate
 import train
-from evaluate import read_lines
 from extras.activations import ACTIVATIONS
+from extras.benchmarks import read_lines
 from extras.files import write_json
 from llava import LlavaForConditionalGeneration
 from vision import CLIPVisionModel

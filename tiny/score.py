@@ -27,7 +27,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from talk import FAMILIES
 
-from evaluate import METRICS, exact_match, read_lines
+from extras.benchmarks import read_lines
+from extras.scores import METRICS, exact_match
 
 NAMES = [*(family for family in FAMILIES if family != "facts"), "unseen"]
 
