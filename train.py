@@ -228,7 +228,7 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--stage", required=True, choices=["align", "instruct"], help="train the projector, or projector and decoder")
     add("--model", required=True, help="base checkpoint: a folder, or a name on the Hugging Face hub")
-    add("--data", required=True, type=Path, help="a file in LLaVA's JSON format")
+    add("--data", required=True, type=Path, help="conversations, as JSON or JSON lines (docs/training.md)")
     add("--images", required=True, type=Path, help="folder that the image paths in the data are relative to")
     add("--output", required=True, type=Path, help="folder for the trained checkpoint, loss.csv and loss.png")
     add("--learning-rate", type=float, help="peak value (default: 1e-3 for align, 2e-5 for instruct)")

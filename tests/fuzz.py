@@ -345,11 +345,31 @@ class Bench:
             entry(None, "How many?", "one"),
             entry("green.png", "Which color?\n<image>", "green"),
         ]
+        data += [MESSAGES, entry(None, "Which?\n<image>", "red", "<image> Why?", "so") | {"images": ["red.png"] * 2}]
+        rng.shuffle(data)
+        data = data[rng.randrange(len(data)) :]
         file, stage = self.folder / "data.json", rng.choice(["align", "instruct"])
-        file.write_bytes(damage_json(rng, data[rng.randrange(3) :]))
+        if rng.random() < 0.5:
+            content = damage_json(rng, data)
+        else:
+            ends = rng.choice([b"\n", b"\r\n", b"\n\n", b"\r"])
+            content = ends.join(
+                damage_json(rng, item) if rng.random() < 0.5 else json.dumps(item).encode() for item in data
+            )
+        file.write_bytes(rng.choice([b"", b"", b"\n", b"\xef\xbb\xbf"]) + content)
         read_data(file, stage, self.processor, self.folder / "pictures", "", 64, rng.random() < 0.5)
 
 
+MESSAGES = {
+    "messages": [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image", "index": 0}, {"type": "text", "text": "Which color?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
+        {"role": "user", "content": [{"type": "image", "path": "green.png"}, {"type": "text", "text": "And this?"}]},
+        {"role": "assistant", "content": "green"},
+    ],
+    "images": [{"path": "red.png"}],
+}
 VISION_AND_TEXT = {
     "vision_feature_layer": [-2, -3],
     "vision_feature_select_strategy": "full",
@@ -391,7 +411,8 @@ def is_promised(error: BaseException) -> bool:
     if isinstance(error, Usage):
         return True
     last = traceback.extract_tb(error.__traceback__)[-1]
-    raised_here = Path(last.filename).parent in (ROOT, ROOT / "extras") and "raise" in linecache.getline(last.filename, last.lineno)
+    ours = Path(last.filename).parent in (ROOT, ROOT / "extras")
+    raised_here = ours and "raise" in linecache.getline(last.filename, last.lineno)
     if isinstance(error, OSError):
         return bool(raised_here or error.filename)
     return type(error) is ValueError and raised_here and " " in str(error)

@@ -166,10 +166,10 @@ def processor(bench):
 
 
 FILES = {
-    "empty": ("", "is not valid JSON"),
+    "empty": ("", "contains no entries"),
     "truncated": ('[{"conversations": ', "is not valid JSON"),
     "deep": ("[" * 100_000, "is not valid JSON"),
-    "not a list": ("{}", "contains a dict where a list of entries was expected"),
+    "not a list": ("5", "is neither a JSON array nor JSON lines"),
     "no entries": ("[]", "contains no entries"),
 }
 
@@ -183,22 +183,31 @@ def test_an_invalid_data_file_is_refused(name, processor, bench, tmp_path):
 
 
 ENTRIES = {
-    "not an object": (["red.png"], "has no list of conversations"),
+    "not an object": (["red.png"], "expected an object with conversations or messages"),
     "no turns": ({"conversations": []}, "has no list of conversations"),
     "turns that are strings": ({"conversations": ["What?", "red"]}, "has no list of conversations"),
-    "roles out of order": ({"conversations": [{"from": "gpt", "value": "a"}] * 2}, "human and gpt must alternate"),
-    "unknown roles": ({"conversations": [{"from": "user", "value": "a"}] * 2}, "the roles are user, user; human"),
-    "a question without an answer": (entry(None, "How?", "so", "Why?"), "human and gpt must alternate, gpt last"),
-    "value a number": ({"conversations": [{"from": "human", "value": 3}, {"from": "gpt"}]}, "that is not a string"),
-    "no image token": (entry("red.png", "Which?", "red"), "tokens in its questions is 0, of images 1"),
-    "no image": (entry(None, "<image> Which?", "red"), "tokens in its questions is 1, of images 0"),
-    "two image tokens": (entry("red.png", "<image><image> Which?", "red"), "tokens in its questions is 2, of images 1"),
+    "roles out of order": (
+        {"conversations": [{"from": "gpt", "value": "a"}] * 2},
+        "the roles are gpt; human and gpt .* must alternate",
+    ),
+    "two questions": ({"conversations": [{"from": "user", "value": "a"}] * 2}, "the roles are user, user; human"),
+    "a question without an answer": (entry(None, "How?", "so", "Why?"), "human and gpt .* must alternate, gpt last"),
+    "value a number": (
+        {"conversations": [{"from": "human", "value": 3}, {"from": "gpt"}]},
+        "turn 0: its value is 3; expected a string",
+    ),
+    "no image token": (entry("red.png", "Which?", "red"), "0 <image> marks .* it names 1 images"),
+    "no image": (entry(None, "<image> Which?", "red"), "1 <image> marks .* it names 0 images"),
+    "two image tokens": (entry("red.png", "<image><image> Which?", "red"), "2 <image> marks .* it names 1 images"),
     "image missing": (entry("gone.png", "<image> Which?", "red"), "image is missing or damaged"),
     "image is a folder": (entry(".", "<image> Which?", "red"), "image is missing or damaged"),
     "image truncated": (entry("cut.png", "<image> Which?", "red"), "image is missing or damaged"),
     "image is a program": (entry("program.png", "<image> Which?", "red"), "image is missing or damaged"),
     "image not a path": (entry("a\0b", "<image> Which?", "red"), "image is missing or damaged"),
-    "image is a number": ({**entry("red.png", "<image> Which?", "red"), "image": 5}, "image is missing or damaged"),
+    "image is a number": (
+        {**entry("red.png", "<image> Which?", "red"), "image": 5},
+        "its image is 5; expected the path",
+    ),
 }
 
 

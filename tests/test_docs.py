@@ -35,7 +35,7 @@ def run(command: list[str], folder: Path = ROOT) -> str:
 def options(script: str) -> set[str]:
     """The options that a script defines (those of llava.py are in extras/chat.py)."""
     source = ROOT / ("extras/chat.py" if script == "llava.py" else script)
-    return set(re.findall(r"\"(--[a-z-]+)\"", source.read_text(encoding="utf-8")))
+    return {"--help", *re.findall(r"\"(--[a-z-]+)\"", source.read_text(encoding="utf-8"))}
 
 
 def test_python_blocks_of_the_readme_run_one_after_the_other(monkeypatch, capsys):
