@@ -1,4 +1,4 @@
-"""Trains LLaVA-1.5 in its two stages, from any base checkpoint, on any data in LLaVA's JSON format (extras/data.py).
+"""Trains LLaVA-1.5 in its two stages, from any base checkpoint, on any conversations (extras/data.py).
 
     python train.py --stage align    --model BASE    --data captions.json      --images FOLDER --output ALIGNED
     python train.py --stage instruct --model ALIGNED --data conversations.json --images FOLDER --output FINAL
