@@ -53,15 +53,8 @@ from vision import CLIPVisionModel
 
 AutoProcessor = LlavaProcessor  # for code written for transformers
 
-__all__ = [
-    "AutoProcessor",
-    "GenerationConfig",
-    "KVCache",
-    "LlamaConfig",
-    "LlavaConfig",
-    "LlavaForConditionalGeneration",
-    "LlavaProcessor",
-]
+__all__ = ["AutoProcessor", "GenerationConfig", "KVCache", "LlamaConfig", "LlavaConfig"]
+__all__ += ["LlavaForConditionalGeneration", "LlavaProcessor"]
 
 
 class LlavaMultiModalProjector(nn.Module):

@@ -6,123 +6,127 @@ Each `<image>` in a prompt becomes P image tokens. The model will replace their 
 Source: transformers' processing_llava.py.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-import torch
-from PIL import Image
 from torch import Tensor
 
 from config import LlavaConfig
+from extras.batch import Inputs, batch
+from extras.chat_template import Template, read_chat_template
 from extras.checks import check_processor
-from extras.files import known_fields, read_json
 from extras.hub import find_folder
-from extras.saving import copy_processor_files
+from extras.images import as_images
+from extras.inputs import call_arguments, chat_arguments, in_order, loading_arguments, read_image_processor, save_files
 from tokenizer import IMAGE_TOKEN, LlamaTokenizer
 from vision import LlavaImageProcessor
 
 
-class Inputs(dict[str, Tensor]):
-    """The model's arguments by name; `inputs.input_ids` is `inputs["input_ids"]`."""
-
-    def __getattr__(self, name: str) -> Tensor:
-        if name not in self:
-            raise AttributeError(f"the inputs have no {name}")
-        return self[name]
-
-    def to(self, device: torch.device | str) -> Self:
-        """Moves all tensors to another device."""
-        return type(self)({name: tensor.to(device) for name, tensor in self.items()})
-
-
 class LlavaProcessor:
-    """Tokenizer and image processor of one checkpoint, and the number of tokens per image (P).
+    """Tokenizer and image processor of one checkpoint, its chat template, and the number of tokens per image (P).
 
     Args:
         image_processor, tokenizer: the two parts.
-        image_seq_length: P.
+        config: of the model; P follows from it.
         folder: where they were loaded from; `save_pretrained` copies its files.
     """
 
+    chat_template: Template | None = None  # LLaVA-1.5's
+
     def __init__(
-        self, image_processor: LlavaImageProcessor, tokenizer: LlamaTokenizer, image_seq_length: int, folder: Path
+        self, image_processor: LlavaImageProcessor, tokenizer: LlamaTokenizer, config: LlavaConfig, folder: Path
     ) -> None:
-        self.image_processor = image_processor
-        self.tokenizer = tokenizer
+        self.image_processor, self.tokenizer, self.folder = image_processor, tokenizer, folder
         self.decode, self.batch_decode = tokenizer.decode, tokenizer.batch_decode
-        self.image_seq_length = image_seq_length
-        self.folder = folder
+        self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.image_token_id
+        self.image_size, self.patch_size = config.vision_config.image_size, config.vision_config.patch_size
+        self.vision_feature_select_strategy = config.vision_feature_select_strategy
+        self.num_additional_image_tokens = 1  # CLS; the strategy "default" drops it again
+
+    @property
+    def image_seq_length(self) -> int:
+        """P: the number of tokens that one image becomes."""
+        dropped = self.vision_feature_select_strategy == "default"
+        return (self.image_size // self.patch_size) ** 2 + self.num_additional_image_tokens - dropped
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
+    def from_pretrained(cls, name: str | Path, **options: object) -> Self:
         """Loads the processor from the folder, or the hub repository, of a checkpoint.
 
-        Raises a FileNotFoundError or a ValueError that names the file that is missing or invalid.
+        `options` are settings of the image processor, such as `do_pad=True`, or those that extras/inputs.py lists.
+        Raises a FileNotFoundError or a ValueError that names the file or the option that is missing or invalid.
         """
-        folder = find_folder(name)
-        config = LlavaConfig.from_pretrained(folder)
-        nested = read_json(folder / "processor_config.json", missing={}).get("image_processor")  # of transformers 5
-        settings = nested if nested and isinstance(nested, dict) else read_json(folder / "preprocessor_config.json")
-        known = known_fields(LlavaImageProcessor, settings, f"{folder}, settings of the image processor", largest=2048)
-        image_processor, tokenizer = LlavaImageProcessor(**known), LlamaTokenizer.from_pretrained(folder)
+        hub, settings, attributes = loading_arguments(options)
+        folder = find_folder(name, **hub)
+        config, tokenizer = LlavaConfig.from_pretrained(folder), LlamaTokenizer.from_pretrained(folder)
+        image_processor = dataclasses.replace(read_image_processor(folder), **settings)
         check_processor(folder, config, image_processor, tokenizer)
-        return cls(image_processor, tokenizer, config.image_seq_length, folder)
+        tokenizer.padding_side = attributes.pop("padding_side", tokenizer.padding_side)
+        processor = cls(image_processor, tokenizer, config, folder)
+        vars(processor).update({"chat_template": read_chat_template(folder)} | attributes)
+        return processor
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Copies the files that this processor was loaded from."""
-        copy_processor_files(self.folder, Path(folder))
+        """Copies the files that this processor was loaded from, and writes what was changed since."""
+        save_files(self.folder, Path(folder), self.image_processor, self.chat_template)
+
+    def apply_chat_template(
+        self, conversation: Sequence, chat_template: str | None = None, *, tokenize: bool = False, **options: object
+    ) -> str | list[str] | Tensor | Inputs:
+        """A conversation, or a list of them -> the prompt or prompts, by the checkpoint's chat template or another.
+
+        A conversation is a list of {"role": ..., "content": ...}; the content is a text, or a list of parts, which are
+        {"type": "text", "text": ...} and {"type": "image"} with an image under "path", "url" or "image". `tokenize`
+        returns `input_ids` and, with `return_dict`, all that `self(images, prompt)` does. `options` are
+        `add_generation_prompt`, `images` in place of those in the conversation, and others of transformers'.
+        """
+        own, tokenizer, return_dict = self.chat_template, self.tokenizer, options.pop("return_dict", False)
+        prompt, arguments = chat_arguments(conversation, own, chat_template, tokenizer, options)
+        if not tokenize:
+            return prompt
+        inputs = self(text=prompt, **arguments)
+        return inputs if return_dict else inputs.input_ids
 
     def __call__(
-        self,
-        images: Image.Image | Sequence[Image.Image] | None = None,
-        text: str | Sequence[str] = "",
-        padding: bool = False,
-        return_tensors: str = "pt",
+        self, images: object = None, text: object = None, padding: bool | str = False, **options: object
     ) -> Inputs:
         """Images and raw prompts -> `input_ids` and `attention_mask` (B, T), `pixel_values` (N, 3, 336, 336).
 
         Args:
-            images: one or several, in the order of the `<image>` tokens in all of the prompts.
+            images: one or several (`as_images`), in the order of the `<image>` tokens in all of the prompts.
             text: one prompt or several. Special tokens that are spelled out in a prompt are encoded as such.
             padding: pad shorter prompts on the left.
-            return_tensors: only "pt" is supported.
+            options: `add_special_tokens`, and those of `prepare`.
 
         Raises:
             ValueError: the numbers of images and `<image>` tokens differ, or prompts differ in length without padding.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors is {return_tensors!r}; only 'pt' is supported")
-        texts = [text] if isinstance(text, str) else text
-        return self.prepare([self.tokenizer.encode(text) for text in texts], images, padding)
+        images, texts, special, rest = in_order(images, text, {**options, "padding": padding})
+        prompts = None if texts is None else [self.tokenizer.encode(text, special) for text in texts]
+        return self.prepare(prompts, images, **rest)
 
     def prepare(
-        self,
-        prompts: Sequence[list[int]],
-        images: Image.Image | Sequence[Image.Image] | None = None,
-        padding: bool = False,
+        self, prompts: Sequence[list[int]] | None, images: object = None, padding: bool | str = False, **options: object
     ) -> Inputs:
-        """Prompts as ids with one `<image>` per image, such as `encode_chat` returns -> inputs, as `__call__` does."""
+        """Prompts as ids with one `<image>` per image, such as `encode_chat` returns -> inputs, as `__call__` does.
+
+        `options` are settings of the image processor, `max_length`, `padding_side` and others of transformers'
+        (extras/inputs.py), for this call. Without prompts, the inputs are `pixel_values` only.
+        """
+        layout, settings, channels = call_arguments({**options, "padding": padding}, self.tokenizer, self.folder)
+        images = as_images([] if images is None else images, channels)
+        image_processor = dataclasses.replace(self.image_processor, **settings)
+        if prompts is None and images:
+            return Inputs(pixel_values=image_processor(images))
         if not prompts:
             raise ValueError("there is no prompt")
-        images = [] if images is None else [images] if isinstance(images, Image.Image) else list(images)
-        image_id, pad_id = self.tokenizer.image_token_id, self.tokenizer.pad_token_id
-        marks = sum(ids.count(image_id) for ids in prompts)
+        marks = sum(ids.count(self.image_token_id) for ids in prompts)
         if marks != len(images):
-            raise ValueError(
-                f"the numbers of {IMAGE_TOKEN} tokens in the text and of images differ: {marks} and {len(images)}"
-            )
-        rows = [
-            [i for token in ids for i in [token] * (self.image_seq_length if token == image_id else 1)]
-            for ids in prompts
-        ]
-        missing = [max(map(len, rows)) - len(row) for row in rows]
-        if any(missing) and not padding:
-            raise ValueError("the prompts differ in length: pass padding=True")
-        inputs = Inputs(
-            input_ids=torch.tensor([[pad_id] * n + row for n, row in zip(missing, rows, strict=True)]),
-            attention_mask=torch.tensor([[0] * n + [1] * len(row) for n, row in zip(missing, rows, strict=True)]),
-        )
-        if images:
-            inputs["pixel_values"] = self.image_processor(images)
-        return inputs
+            differ = f"the numbers of {IMAGE_TOKEN} tokens in the text and of images differ"
+            raise ValueError(f"{differ}: {marks} and {len(images)}")
+        repeats = {self.image_token_id: self.image_seq_length}
+        rows = [[i for token in ids for i in [token] * repeats.get(token, 1)] for ids in prompts]
+        inputs = batch(rows, self.tokenizer.pad_token_id, layout, self.image_token_id)
+        return Inputs(inputs, pixel_values=image_processor(images)) if images else inputs

@@ -12,12 +12,14 @@ tokens and the decoding of bytes; LLaVA's conversation mode `vicuna_v1` for the 
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import sentencepiece
 
+from extras.batch import encode_texts
+from extras.compat import DECODING, refuse
 from extras.tokenizer_files import SPACE, read_tokenizer_files
 
 IMAGE_TOKEN = "<image>"
@@ -74,6 +76,10 @@ class LlamaTokenizer:
         return cls(*read_tokenizer_files(Path(folder), IMAGE_TOKEN))
 
     # From text to ids
+
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Mapping[str, Any]:  # noqa: ANN401
+        """Texts -> "input_ids" and "attention_mask", with transformers' arguments; see `extras.batch.encode_texts`."""
+        return encode_texts(self.encode, text, self.pad_token_id, self.padding_side, **options)
 
     def encode(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False) -> list[int]:
         """Encodes a raw prompt, in which `<image>`, `</s>` and the other special tokens are recognised.
@@ -179,10 +185,11 @@ class LlamaTokenizer:
                 yield from finish(token.replace(SPACE, " "))
         yield from finish("")
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Decodes ids (a list or a one-dimensional tensor) to text, as `stream` does."""
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False, **options: object) -> str:
+        """Decodes ids (a list or a one-dimensional tensor) to text, as `stream` does. `options`: extras/compat.py."""
+        refuse("decode", options, DECODING)
         return "".join(self.stream(map(int, ids), skip_special_tokens))
 
-    def batch_decode(self, sequences: Iterable[Iterable[int]], skip_special_tokens: bool = False) -> list[str]:
-        """Decodes each sequence of a batch."""
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
+    def batch_decode(self, sequences: Iterable[Iterable[int]], *skip: bool, **options: Any) -> list[str]:  # noqa: ANN401
+        """Decodes each sequence of a batch, with the arguments of `decode`."""
+        return [self.decode(ids, *skip, **options) for ids in sequences]

@@ -61,6 +61,11 @@ FORWARD = {
     "image_sizes": ANY,  # all images have one size after preprocessing
 }
 
+DECODING = {
+    "clean_up_tokenization_spaces": Accepted((None, False), "text is returned as it was encoded"),
+    "spaces_between_special_tokens": ANY,  # only slow tokenizers of transformers 4 added them
+}
+
 GENERATING = {
     "use_cache": ANY,  # the cache changes the work, never the result
     "synced_gpus": ANY,

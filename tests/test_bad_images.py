@@ -151,6 +151,75 @@ def test_memory_and_time_of_large_images_are_bounded(name, tmp_path, request):
     assert seconds < 10
 
 
+# HEIC
+
+
+@pytest.fixture(scope="module")
+def heic() -> bytes:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.register_heif_opener()
+    return encoded(random_image(np.random.default_rng(0), (90, 60)), "HEIF")
+
+
+def test_heic_without_its_package_is_refused(heic, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    (tmp_path / "photo.heic").write_bytes(heic)
+    with pytest.raises(ValueError, match=r"photo.heic is a HEIC image; to read it, run: pip install pillow-heif"):
+        load_image(str(tmp_path / "photo.heic"))
+
+
+def test_avif_without_pillows_support_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "photo.avif").write_bytes(encoded(Image.new("RGB", (9, 6)), "AVIF"))
+    monkeypatch.setattr(images.features, "check", lambda name: False)
+    with pytest.raises(ValueError, match=r"photo.avif is an AVIF image; to read it, run: pip install --upgrade pillow"):
+        load_image(str(tmp_path / "photo.avif"))
+
+
+def with_size(heic: bytes, width: int, height: int) -> bytes:
+    """The same image with another size in its header, but cropped to its own size, the one that Pillow checks."""
+    place = heic.index(b"ispe") + 8
+    return heic[:place] + struct.pack(">II", width, height) + heic[place + 8 :]
+
+
+DAMAGES = {
+    "header only": lambda heic: heic[:32],
+    "half": lambda heic: heic[: len(heic) // 2],
+    "a brand and text": lambda heic: b"\0\0\0\x18ftypheic" + b"x" * 100,
+    "a size that is too small": lambda heic: with_size(heic, 9, 6),
+    "a size that is too large": lambda heic: with_size(heic, 9_000, 6_000),
+    "a bomb": lambda heic: with_size(heic, 20_000, 20_000),
+    "a thousand boxes": lambda heic: heic[:28] + b"\0\0\0\x08free" * 1000 + heic[28:],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_heic_file_is_refused(name, heic, tmp_path):
+    (tmp_path / "photo.heic").write_bytes(DAMAGES[name](heic))
+    sentence = "has too many pixels" if name == "a bomb" else "(is a damaged image|is not an? .*image)"
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=f"photo.heic {sentence}"):
+        load_image(str(tmp_path / "photo.heic"))
+    assert time.perf_counter() - start < 5
+
+
+def test_a_heic_file_of_any_damage_loads_or_is_refused(heic, tmp_path):
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        damaged = bytearray(heic)
+        for place in rng.integers(0, rng.choice([400, len(heic)]), 4):
+            damaged[place] = rng.integers(256)
+        (tmp_path / "photo.heic").write_bytes(damaged)
+        with contextlib.suppress(ValueError):
+            load_image(str(tmp_path / "photo.heic"))
+
+
+def test_a_large_heic_file_is_refused(heic, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "MAX_STREAM", 1000)
+    (tmp_path / "photo.heic").write_bytes(heic)
+    with pytest.raises(ValueError, match=r"photo.heic is over 0 MiB, too large for a HEIC image"):
+        load_image(str(tmp_path / "photo.heic"))
+
+
 # Standard input
 
 

@@ -21,6 +21,7 @@ from random_checkpoint import write_processor_files
 from talk import ask
 
 import vision
+from extras.tokenizer_files import load_pieces
 from llava import KVCache, LlavaForConditionalGeneration, LlavaProcessor
 from processor import Inputs
 from sampling import filter_logits
@@ -511,7 +512,7 @@ def test_a_unigram_tokenizer_is_refused(export, tmp_path):
         minloglevel=2,
     )
     count = len(sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "unigram.model")))
-    assert not export.is_llamas(LlamaTokenizer(tmp_path / "unigram.model", {"<image>": count}))
+    assert not export.is_llamas(LlamaTokenizer(load_pieces(tmp_path / "unigram.model"), {"<image>": count}))
 
 
 def test_weights_beyond_float16_are_refused(export):

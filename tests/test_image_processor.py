@@ -6,6 +6,7 @@ import io
 import threading
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from conftest import encoded, random_image
@@ -109,6 +110,38 @@ def test_loaded_files_match_transformers(name, tmp_path):
     assert ours.mode == "RGB"
     assert ours.size == theirs.size
     assert ours.tobytes() == theirs.tobytes()
+
+
+def heic(image: Image.Image, **options) -> bytes:
+    """A photo as iPhones write it."""
+    pillow_heif.register_heif_opener()
+    return encoded(image, "HEIF", quality=90, **options)
+
+
+def rotated_heic() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return heic(marked_image(), exif=exif.tobytes())
+
+
+PHOTOS = {
+    "HEIC": lambda: heic(marked_image()),
+    "rotated HEIC": rotated_heic,
+    "HEIC with alpha": lambda: heic(marked_image().convert("RGBA").rotate(30)),
+    "HEIC of the general brand": lambda: heic(marked_image()).replace(b"ftypheic", b"ftypmif1", 1),
+    "AVIF": lambda: encoded(marked_image(), "AVIF"),
+    "AVIF of the general brand": lambda: encoded(marked_image(), "AVIF").replace(b"ftypavif", b"ftypmif1", 1),
+}
+
+
+@pytest.mark.parametrize("name", PHOTOS)
+def test_photos_of_phones_match_transformers(name, tmp_path):
+    (tmp_path / "photo").write_bytes(PHOTOS[name]())
+    path = str(tmp_path / "photo")
+    ours, theirs = load_image(path), transformers_load_image(path)
+    assert (ours.mode, ours.size) == ("RGB", theirs.size)
+    assert ours.tobytes() == theirs.tobytes()
+    assert ours.size == ((24, 40) if name == "rotated HEIC" else (40, 24))
 
 
 def test_an_image_can_be_read_from_standard_input(monkeypatch):

@@ -73,6 +73,7 @@ def test_the_sentence_gives_the_sizes_and_the_options_that_fit(case, monkeypatch
     text = {"vocab_size": 32064, "max_position_embeddings": 4096, "rope_parameters": {"rope_type": "default"}}
     text["rope_parameters"]["rope_theta"] = 1e4
     raw = {"vision_config": vision, "text_config": text, "dtype": "float16"}
+    monkeypatch.setattr(config, "find_folder", lambda name: name)
     monkeypatch.setattr(config, "read_config", lambda folder: raw)
     monkeypatch.setattr(memory, "stored_tensors", lambda model, folder: None)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free * GB))
