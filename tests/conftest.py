@@ -2,6 +2,10 @@
 
 import io
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes, and the commands they start, share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import numpy as np
@@ -134,22 +138,40 @@ ERRORS = pytest.StashKey[dict[str, tuple[float, float]]]()
 def check(request):
     """`check(name, ours, theirs)` asserts that the relative error ||ours - theirs|| / ||theirs|| is within its limit.
 
-    The largest error under each name is printed in a table behind the tests.
+    The largest error under each name is printed in a table after the tests.
     """
     errors = request.config.stash.setdefault(ERRORS, {})
 
     def relative_error(name: str, ours: torch.Tensor, theirs: torch.Tensor, limit: float = 1e-5) -> None:
         assert ours.shape == theirs.shape
         error = ((ours - theirs).double().norm() / theirs.double().norm()).item()
-        errors[name] = (max(error, errors.get(name, (0.0, limit))[0]), limit)
+        keep_largest(errors, {name: (error, limit)})
         assert error <= limit, f"{name}: relative error {error:.2e} is above {limit:.0e}"
 
     return relative_error
 
 
+def keep_largest(errors: dict, more: dict) -> None:
+    """Adds {name: (error, limit)} to a table, which keeps the largest error under each name."""
+    for name, (error, limit) in more.items():
+        errors[name] = (max(error, errors.get(name, (0.0, limit))[0]), limit)
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist hands its errors to the one that reports
+        session.config.workeroutput["errors"] = session.config.stash.get(ERRORS, {})
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    keep_largest(node.config.stash.setdefault(ERRORS, {}), getattr(node, "workeroutput", {}).get("errors", {}))
+
+
 def pytest_terminal_summary(terminalreporter, config):
     errors = config.stash.get(ERRORS, {})
     if errors:
-        terminalreporter.write_sep("-", "relative error against transformers")
-        for name, (error, limit) in errors.items():
+        terminalreporter.write_sep(
+            "-", "relative error against the reference, which is transformers unless it is named"
+        )
+        for name, (error, limit) in sorted(errors.items()):
             terminalreporter.write_line(f"{name:<60} {error:8.1e}   (limit {limit:.0e})")

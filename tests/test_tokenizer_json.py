@@ -77,7 +77,7 @@ def pair(request, forms, tmp_path):
 def test_ids_are_those_of_transformers(pair):
     ours, theirs = pair
 
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=300, deadline=None)
     @given(any_text | tricky_text)
     def check(text):
         assert ours.encode(text) == theirs(text).input_ids
@@ -88,7 +88,7 @@ def test_ids_are_those_of_transformers(pair):
 def test_decoded_and_streamed_text_is_that_of_transformers(pair):
     ours, theirs = pair
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(st.integers(0, 421) | st.integers(3, 258)), st.booleans())
     def check(ids, skip):
         text = theirs.decode(ids, skip_special_tokens=skip)
