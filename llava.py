@@ -83,7 +83,7 @@ class LlavaOutput(NamedTuple):
 
     logits: Tensor  # (B, T, V), or only the positions that were asked for
     loss: Tensor | None = None  # (), with labels
-    hidden_states: tuple[Tensor, ...] | None = None  # embeddings, then the output of each layer
+    hidden_states: tuple[Tensor, ...] | None = None  # embeddings, then each layer's output, the last normalised
 
 
 class LlavaForConditionalGeneration(nn.Module):
@@ -185,8 +185,9 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> Tensor:
         """The prompt and all that `generate_stream` yields for it: (B, T + new).
 
-        The arguments are those of `generate_stream`. `options` are transformers': do_sample, max_length, streamer,
-        generation_config and others (extras/generation.py). What is not given is taken from `self.generation_config`.
+        The arguments are those of `generate_stream`. `options` are transformers' arguments, such as do_sample,
+        max_length, streamer and generation_config (extras/generation.py); with return_dict_in_generate, the result is a
+        GenerateOutput. What is not given is taken from `self.generation_config`.
         """
         options |= {"pixel_values": pixel_values, "attention_mask": attention_mask, "max_new_tokens": max_new_tokens}
         options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": generator, "cache": cache}

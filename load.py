@@ -2,7 +2,7 @@
 
     *.safetensors -> find_tensors -> where each tensor is, under our names -> load_weights -> a model's parameters
 
-The quirks of published checkpoints are dealt with here: three layouts of tensor names, shards, tied embeddings, unused
+The quirks of published checkpoints are dealt with here: the layouts of tensor names, shards, tied embeddings, unused
 buffers. (Those of config.json are in extras/config_file.py.) Only headers are read until `load_weights` maps the files.
 
 Sources: the safetensors format; the files of llava-hf/llava-1.5-7b-hf, llava-1.5-13b-hf and bakLlava-v1-hf.
@@ -46,7 +46,7 @@ class StoredTensor(NamedTuple):
 
 
 def our_name(name: str) -> str:
-    """Our name of a tensor in any of the three layouts."""
+    """Our name of a tensor in any of the layouts."""
     for prefix, ours in PREFIXES:
         if name.startswith(prefix):
             name = ours + name.removeprefix(prefix)

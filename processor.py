@@ -2,7 +2,7 @@
 
     images, "USER: <image>\\nWhat is this? ASSISTANT:"  ->  pixel_values (N, 3, 336, 336), input_ids (B, T)
 
-Each `<image>` in a prompt becomes P image tokens. The model will replace their embeddings by the image's P features.
+Each `<image>` in a prompt becomes P image tokens. The model will replace their embeddings with the image's P features.
 Source: transformers' processing_llava.py.
 """
 
@@ -80,7 +80,7 @@ class LlavaProcessor:
         A conversation is a list of {"role": ..., "content": ...}; the content is a text, or a list of parts, which are
         {"type": "text", "text": ...} and {"type": "image"} with an image under "path", "url" or "image". `tokenize`
         returns `input_ids` and, with `return_dict`, all that `self(images, prompt)` does. `options` are
-        `add_generation_prompt`, `images` in place of those in the conversation, and others of transformers'.
+        `add_generation_prompt`, `images` in place of those in the conversation, and other transformers options.
         """
         own, tokenizer, return_dict = self.chat_template, self.tokenizer, options.pop("return_dict", False)
         prompt, arguments = chat_arguments(conversation, own, chat_template, tokenizer, options)
@@ -112,7 +112,7 @@ class LlavaProcessor:
     ) -> Inputs:
         """Prompts as ids with one `<image>` per image, such as `encode_chat` returns -> inputs, as `__call__` does.
 
-        `options` are settings of the image processor, `max_length`, `padding_side` and others of transformers'
+        `options` are settings of the image processor, `max_length`, `padding_side` and other transformers options
         (extras/inputs.py), for this call. Without prompts, the inputs are `pixel_values` only.
         """
         layout, settings, channels = call_arguments({**options, "padding": padding}, self.tokenizer, self.folder)

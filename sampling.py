@@ -1,7 +1,7 @@
 """From logits to the next token: greedy decoding, or sampling with temperature, top-k and top-p.
 
-All functions are pure: randomness comes from the generator passed in. Source: transformers' logits processors, and
-arXiv 1904.09751 for top-p (nucleus) sampling.
+No function keeps state: randomness comes from `generator`, or PyTorch's global one if it is None. Source: transformers'
+logits processors, and arXiv 1904.09751 for top-p (nucleus) sampling.
 """
 
 import math

@@ -17,7 +17,7 @@ from extras.machine import pick_device
 
 
 class Accepted(NamedTuple):
-    """The values that change nothing here, and what to do instead of any other. Without values, all are accepted."""
+    """The values that have no effect here, and the advice given for any other. An empty tuple accepts every value."""
 
     values: tuple = ()
     advice: str = ""
@@ -70,7 +70,7 @@ GENERATING = {
     "use_cache": ANY,  # the cache changes the work, never the result
     "synced_gpus": ANY,
     "bos_token_id": ANY,  # the prompt is given
-    "early_stopping": ANY,  # of beams, as the next one
+    "early_stopping": ANY,  # only for beam search, like length_penalty
     "length_penalty": ANY,
     "tokenizer": ANY,
     "num_beams": Accepted((None, 1), "beam search is not implemented: decode greedily, or sample with do_sample=True"),

@@ -10,7 +10,7 @@ def with_hidden_states(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Runs the decoder on embeddings (B, T, D): its output (B, T, D), and all hidden states as transformers has them.
 
-    These are the input of each layer, the embeddings first, and at last the normalised output.
+    These are the input of each layer, the embeddings first, and finally the normalised output.
     """
     states: list[Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda layer, args: states.append(args[0])) for layer in decoder.layers]

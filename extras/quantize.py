@@ -6,13 +6,14 @@
 
 Decoding reads every weight from memory once per token, so its speed depends on their size in bytes; a prompt has
 hundreds of rows, so its speed depends on arithmetic. Each layer uses a fast kernel for both cases, and is a drop-in
-replacement of `nn.Linear` for inference, with the same arguments, names and shapes.
+replacement for `nn.Linear` for inference, with the same arguments, names and shapes.
 
 Int8 quantisation is symmetric and per output channel: each row of the matrix has its own scale, which maps its largest
 weight to 127. Only weights are rounded to 8 bits. Integer products on CPUs need bytes on both sides, so activations are
 rounded to 14 bits, with one step per row, and their upper and lower 7 bits are multiplied separately. (With 8 bits
-each, CPUs without VNNI would overflow, because they add products in pairs, in 16 bits.) The head is not quantised,
-because rounding it changes answers most; nor are the word embeddings, which are looked up, not multiplied.
+each, CPUs without VNNI would overflow, because they add products in pairs, in 16 bits.) All linear layers of vision
+tower, projector and decoder are quantised. The head is not, because rounding it changes answers most; nor are the word
+embeddings, which are looked up, not multiplied, and everything that is not a linear layer.
 
 Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which activations of
 14 bits make unnecessary. The kernels were chosen by measurement, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI

@@ -123,7 +123,7 @@ def _from_json(file: Path, pad_token: str) -> TokenizerFiles:
         model, tokens = raw["model"], raw.get("added_tokens") or []
         if kind := _other_kind(raw):
             raise ValueError(f"{file} is a {kind} tokenizer; only Llama's SentencePiece BPE is supported")
-        vocab: dict[str, int] = dict(model["vocab"])
+        vocab: dict[str, int] = model["vocab"] | {}
         added: dict[str, int] = {token["content"]: token["id"] for token in tokens}
         if not all(type(text) is str and type(i) is int for text, i in (*vocab.items(), *added.items())):
             raise TypeError("ids must be integers")
@@ -151,7 +151,7 @@ def _from_json(file: Path, pad_token: str) -> TokenizerFiles:
         pieces = sentencepiece.SentencePieceProcessor(
             model_proto=_sentencepiece_model(texts, unknown, control, prefix == "model")
         )
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, UnicodeError) as error:
         raise ValueError(f"{file} is not a complete tokenizer: {error!r}; download it again") from error
     special = {str(token["content"]) for token in tokens if token.get("special")}
     beyond = {text: i for text, i in added.items() if text not in vocab}
@@ -174,6 +174,8 @@ def _other_kind(raw: dict) -> str:
 def _check_merges(file: Path, vocab: dict[str, int], merges: list) -> None:
     """Raises a ValueError unless merges are in the order of the ids that they make: SentencePiece's order."""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise TypeError("a merge is not a pair")
     made = [vocab[left + right] for left, right in pairs]
     if made != sorted(made):
         raise ValueError(f"{file}: its merges are in another order than Llama's, so it is another kind of BPE")

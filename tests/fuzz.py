@@ -29,11 +29,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, PngImagePlugin
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from reference_tokenizer import reference_tokenizer
 from toy_data import draw_disc, entry, make_tiny_checkpoint
 
 from extras.chat import parse_arguments
@@ -109,6 +111,14 @@ def damage_json(rng: random.Random, value: object, also: dict | None = None) -> 
 # What is damaged, and what is done with it
 
 
+def damaged(rng: random.Random, value: object) -> Any:
+    """A JSON value of which some parts are damaged; what is then no JSON any more is undamaged."""
+    try:
+        return json.loads(damage_json(rng, value))
+    except (ValueError, RecursionError):
+        return value
+
+
 class Bench:
     """A folder with everything valid, and the targets: methods that damage one thing and use it."""
 
@@ -129,6 +139,13 @@ class Bench:
         for colour in ("red", "green"):
             draw_disc(folder / "pictures" / f"{colour}.png", colour, (40, 50), 5, 5)
         self.pictures = self.make_pictures()
+        added = json.loads(self.files["added_tokens.json"])
+        backend = reference_tokenizer(self.valid / "tokenizer.model", added).backend_tokenizer
+        self.tokenizer_json = json.loads(backend.to_str())
+        self.template = (
+            "{% for m in messages %}{{ m['role'].upper() }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+            "<image>\n{% else %}{{ c['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
+        )
         self.targets: dict[str, Callable[[random.Random], None]] = {
             name.removeprefix("fuzz_"): getattr(self, name) for name in dir(self) if name.startswith("fuzz_")
         }
@@ -225,6 +242,31 @@ class Bench:
         files.pop(rng.choice([*files, ""]), None)
         processor = LlavaProcessor.from_pretrained(self.checkpoint(**files))
         processor.decode(processor(Image.new("RGB", (9, 9)), "<image> a </s>").input_ids[0])
+
+    def fuzz_tokenizer_json(self, rng: random.Random) -> None:
+        tokenizer = copy.copy(self.tokenizer_json)
+        # The vocabulary and the merges are long: most of the damage shall be elsewhere.
+        part = rng.choice(["", "", "vocab", "merges"])
+        if part:
+            tokenizer["model"] = tokenizer["model"] | {part: damaged(rng, tokenizer["model"][part])}
+        else:
+            model = {name: value for name, value in tokenizer["model"].items() if name not in ("vocab", "merges")}
+            tokenizer = damaged(rng, tokenizer | {"model": model})
+            if isinstance(tokenizer, dict) and isinstance(tokenizer.get("model"), dict):
+                tokenizer["model"] = self.tokenizer_json["model"] | tokenizer["model"]
+        content = json.dumps(tokenizer).encode()
+        processor = LlavaProcessor.from_pretrained(self.checkpoint(tokenizer__json=content, tokenizer__model=None))
+        ids = processor(Image.new("RGB", (9, 9)), "USER: <image> a 🦙</s>").input_ids[0]
+        processor.decode([*ids, *range(450)])
+
+    def fuzz_chat_template(self, rng: random.Random) -> None:
+        part = {"type": "image", "image": Image.new("RGB", (9, 9))}
+        message = {"role": "user", "content": [part, {"type": "text", "text": "What?"}]}
+        plain = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}, {"role": "assistant"}]
+        conversation = damaged(rng, plain) if rng.random() < 0.7 else [message]
+        template = damage_bytes(rng, self.template.encode()).decode("utf-8", "replace")
+        options = {"chat_template": template} if rng.random() < 0.6 else {}
+        self.processor.apply_chat_template(conversation, add_generation_prompt=True, **options)
 
     def fuzz_preprocessor(self, rng: random.Random) -> None:
         config = damage_json(rng, json.loads(self.files["preprocessor_config.json"]), {"do_pad": True, "size": 28})
