@@ -71,7 +71,8 @@ def run(args: argparse.Namespace, model_class: Any) -> None:  # noqa: ANN401
     processor = LlavaProcessor.from_pretrained(args.model)
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
-    tokens = len(images) * processor.image_seq_length + len((args.question or "").encode()) + args.max_new_tokens
+    question = len((args.question or "").encode("utf-8", "replace"))  # at most so many tokens
+    tokens = len(images) * processor.image_seq_length + question + args.max_new_tokens
     check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens)
     model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize)
     converse(args, images, processor, model.generate_stream, KVCache(model), model.generation_config.eos_token_id)

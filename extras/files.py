@@ -79,6 +79,13 @@ def write_json(path: Path, value: dict) -> None:
     write_atomically(path, lambda part: part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
+def _umask() -> int:
+    """The permissions that new files do not get. (It can only be read by setting it.)"""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
 def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     """Calls `write` with a temporary path in the same folder, and renames the result once it is on disk.
 
@@ -87,6 +94,7 @@ def write_atomically(file: Path, write: Callable[[Path], object]) -> None:
     part = file.with_name(f"{file.name}.part")
     try:
         write(part)
+        os.chmod(part, 0o666 & ~_umask())  # safetensors writes files that only their owner can read
         with open(part, "rb+") as written:
             os.fsync(written.fileno())
         os.replace(part, file)

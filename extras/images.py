@@ -101,7 +101,7 @@ def load_image(source: str) -> Image.Image:
             source, file = "the data URI", io.BytesIO(base64.b64decode(source.partition(",")[2]))
         except ValueError as error:
             raise ValueError(f"the data URI is not valid base64: {error}") from error
-    elif "\0" in source:
+    elif not source or "\0" in source:
         raise ValueError(f"{source!r} is not a path")
     else:
         file = open(source, "rb")  # noqa: SIM115 - closed below

@@ -1,6 +1,7 @@
 """Checkpoints of every layout, dtype and age load exactly, in one copy; saved checkpoints load in transformers."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -408,3 +409,14 @@ def test_without_glibc_memory_settings_are_left_alone(platform, library, monkeyp
     monkeypatch.setattr(machine.sys, "platform", platform)
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: library if library else pytest.fail("called"))
     machine.keep_freed_memory()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such permissions on Windows")
+def test_saved_weights_can_be_read_by_whoever_can_read_the_folder(make_pair, tmp_path):
+    ours, _ = make_pair()
+    before = os.umask(0o022)
+    try:
+        ours.save_pretrained(tmp_path / "saved")
+    finally:
+        os.umask(before)
+    assert {oct(file.stat().st_mode & 0o777) for file in (tmp_path / "saved").iterdir()} == {"0o644"}
