@@ -1,13 +1,14 @@
 """Compares this project with transformers and llama.cpp, on this machine, in one command.
 
-    python bench.py --shape 1b
+    python bench.py --shape 1b                                          # everything that is installed
+    python bench.py --shape 1b --only int4 --tables speed --rounds 1    # in under four minutes
 
-It writes a checkpoint with random weights to a temporary folder, in float16 like the checkpoints on the hub. Each
-contender loads it in a process of its own, several times. They take turns, so that a machine that slows down slows down
-all of them. The same turns measure the machine's limits (extras/limits.py): how fast products with a single row stream
-weights (one token of an answer), and how fast a product with 600 rows computes (a prompt with an image). After loading,
-a whole prompt goes through the model before anything is timed, because first calls read mapped weights, allocate memory
-and choose kernels.
+It writes checkpoints with random weights to a temporary folder: in float16 like those on the hub, and in the compact
+forms. Each contender loads its own in a process of its own, several times. They take turns, so that a machine that
+slows down slows down all of them. The same turns measure the machine's limits (extras/limits.py): how fast products
+with a single row stream weights (one token of an answer), and how fast a product with 600 rows computes (a prompt with
+an image). After loading, a whole prompt goes through the model before anything is timed, because first calls read
+mapped weights, allocate memory and choose kernels.
 
 The tables give medians, minima and maxima, and the share of the machine's limits. They pass no judgement.
 """
@@ -36,8 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import LlavaConfig
 from extras.files import write_json
-from extras.limits import GB_S, GFLOP_S, KINDS, PROMPT, describe_machine, machine_limits, seconds
+from extras.limits import GB_S, GFLOP_S, KINDS, PROMPT, cpu_kind, describe_machine, machine_limits, seconds
 from extras.machine import free_memory, peak_memory
+from extras.quantize import CompactLinear
 from extras.terminal import command_line
 from llama import KVCache, LlamaConfig
 from llava import LlavaForConditionalGeneration
@@ -61,14 +63,17 @@ CONTENDERS = {  # dtype, quantisation
     "llava bfloat16": ("bfloat16", None),
     "llava float16": ("float16", None),
     "llava int8": ("float32", "int8"),
+    "llava int4": ("float32", "int4"),
     "transformers float32": ("float32", None),
     "transformers bfloat16": ("bfloat16", None),
     "llama.cpp Q8_0": ("float32", "int8"),
+    "llama.cpp Q4_0": ("float32", "int4"),
 }
 NEEDS = {  # modules to import, packages to install
     "transformers": (["transformers"], "transformers"),
     "llama.cpp": (["llama_cpp", "gguf"], "llama-cpp-python gguf"),
 }
+BLOCK_BYTES = {"int8": 34 / 32, "int4": 18 / 32}  # of llama.cpp, per weight: 32 share a scale of two bytes
 MACHINE, WRITER = "machine", "writer"  # other jobs with a process of their own
 TABLES = {
     "plan": "Memory, computed from the shapes, GB:",
@@ -77,7 +82,7 @@ TABLES = {
     "context": "Longer prompts:",
     "chat": "A second question about the same image, with the cache reused:",
 }
-OURS = ["llava float32", "llava int8"]  # in the last three tables
+OURS = ["llava float32", "llava int8", "llava int4"]  # in the last three tables
 BATCHES, CONTEXTS = [1, 2, 4, 8], [600, 1200, 2400, 3600]
 LOAD, MEMORY = "loading, s", "peak memory, GB"
 VISION, FIRST, SPEED = "vision tower and projector, s", "time to first token, s", "decoding, tokens/s"
@@ -90,7 +95,7 @@ def meta_model(shape: str, dtype: str = "float32", quantize: str | None = None) 
     return LlavaForConditionalGeneration.planned(config, dtype, "cpu", quantize)
 
 
-# Measurements, each in a process of its own
+# Measurements, each in its own process
 
 Loaded = tuple[float, Any, Callable[..., list[float]]]  # loading time; model; (ids, count) -> the time of each token
 
@@ -98,7 +103,7 @@ Loaded = tuple[float, Any, Callable[..., list[float]]]  # loading time; model; (
 def load_llava(folder: str, dtype: str, quantize: str | None, pixels: Tensor) -> Loaded:
     """This project, whose `generate` also takes other pixels and a cache."""
     start = time.perf_counter()
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype, quantize=quantize)
+    model = LlavaForConditionalGeneration.from_pretrained(f"{folder}/{quantize or ''}", dtype)
 
     def generate(ids: Tensor, count: int, pixels: Tensor | None = pixels, cache: KVCache | None = None) -> list[float]:
         stream = model.generate_stream(ids, pixels, max_new_tokens=count, cache=cache)
@@ -131,7 +136,7 @@ def load_llama_cpp(folder: str, dtype: str, quantize: str | None, pixels: Tensor
 
     start = time.perf_counter()
     threads = {"n_threads": torch.get_num_threads(), "n_threads_batch": torch.get_num_threads()}
-    model = llama_cpp.Llama(f"{folder}/model.gguf", n_ctx=1024, n_batch=1024, verbose=False, **threads)
+    model = llama_cpp.Llama(f"{folder}/{quantize}.gguf", n_ctx=1024, n_batch=1024, verbose=False, **threads)
 
     def generate(ids: Tensor, count: int) -> list[float]:
         model.reset()  # otherwise it would reuse the part of the prompt that it has cached
@@ -143,6 +148,16 @@ def load_llama_cpp(folder: str, dtype: str, quantize: str | None, pixels: Tensor
 LOADERS = {"llava": load_llava, "transformers": load_transformers, "llama.cpp": load_llama_cpp}
 
 
+def write(name: str, shape: str, folder: Path) -> None:
+    """Writes what a contender loads, if it is not there yet."""
+    quantize = CONTENDERS[name][1]
+    if name.startswith("llama.cpp"):
+        write_gguf(folder / f"{quantize}.gguf", meta_model(shape), name.split()[1])
+    elif not (target := folder / (quantize or "")).joinpath("config.json").exists():
+        target.mkdir(exist_ok=True)
+        write_large_checkpoint(target, meta_model(shape, quantize=quantize))
+
+
 @torch.no_grad()
 def measure(name: str, table: str | None, shape: str, folder: str, tokens: int) -> dict[str, float]:
     """Measures one contender's figures for one table."""
@@ -150,9 +165,8 @@ def measure(name: str, table: str | None, shape: str, folder: str, tokens: int) 
     if name == MACHINE:
         return machine_limits(text.hidden_size, text.intermediate_size, text.num_hidden_layers)
     if name == WRITER:  # not in the main process: on Linux, a new process inherits the peak memory of its parent
-        write_large_checkpoint(Path(folder), meta_model(shape))
-        if table == "llama.cpp":
-            write_gguf(Path(folder) / "model.gguf", meta_model(shape))
+        for other in json.loads(table or "[]"):
+            write(other, shape, Path(folder))
         return {"written": 1.0}
     pixels = torch.randn(1, 3, vision.image_size, vision.image_size)
     loading, model, generate = LOADERS[name.split()[0]](folder, *CONTENDERS[name], pixels)
@@ -216,7 +230,7 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     does so in its last MLP. The work of each later token is to read the decoder's matrices and the head once.
     """
     (vision, text), (dtype, quantize), model = SHAPES[shape], CONTENDERS[name], meta_model(shape)
-    is_peer = name.startswith("llama.cpp")  # all of its matrices are 8-bit, including the head: 34 bytes for 32 weights
+    is_peer = name.startswith("llama.cpp")  # all of its matrices are quantised; in Q4_0, the head is Q8_0
     with torch.device("meta"), FlopCounterMode(display=False) as image_work:
         if not is_peer:
             model.get_image_features(torch.empty(1, 3, vision.image_size, vision.image_size))
@@ -225,10 +239,13 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
         hidden = model.language_model.model(torch.empty(1, PROMPT, text.hidden_size), keep=keep)
         model.language_model.lm_head(hidden[:, -1])
     flops, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
-    for weight_name, weight in meta_model(shape, dtype, quantize).language_model.named_parameters():
-        if weight.ndim == 2 and "embed_tokens" not in weight_name:
-            kind = "int8" if is_peer else str(weight.dtype).removeprefix("torch.")
-            size = weight.numel() * (34 / 32 if is_peer else weight.itemsize)
+    for layer_name, layer in meta_model(shape, dtype, None if is_peer else quantize).language_model.named_modules():
+        if isinstance(layer, CompactLinear):
+            token += layer.weight.nbytes / limits[f"int{layer.bits}: {GB_S}"] / 1e9
+        elif isinstance(layer, torch.nn.Linear) and ".zero" not in layer_name:
+            theirs = "int8" if layer_name == "lm_head" else quantize
+            kind = str(theirs if is_peer else layer.weight.dtype).removeprefix("torch.")
+            size = layer.weight.numel() * (BLOCK_BYTES[kind] if is_peer else layer.weight.itemsize)
             token += size / limits[f"{kind}: {GB_S}"] / 1e9
     image_flops, text_flops = image_work.get_total_flops(), text_work.get_total_flops()
     text_flops -= is_peer * 2 * (PROMPT - 1) * 3 * text.hidden_size * text.intermediate_size
@@ -237,7 +254,7 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
 
 def plan() -> dict[str, dict[str, str]]:
     """The memory that the weights of each shape and a cache of 1000 tokens take."""
-    columns: dict[str, dict[str, str]] = {"float32": {}, "bfloat16": {}, "int8": {}}
+    columns: dict[str, dict[str, str]] = {"float32": {}, "bfloat16": {}, "int8": {}, "int4": {}}
     for kind, shape in itertools.product(columns, SHAPES):
         model = meta_model(shape, *CONTENDERS[f"llava {kind}"])
         cache = KVCache(model, max_length=1000)
@@ -262,14 +279,15 @@ def measure_alone(*job: str | int | None) -> dict[str, float]:
     return {}
 
 
-def find_contenders(peer: str | None, shape: str) -> list[str]:
-    """The contenders that are installed and fit into memory; prints to stderr why others are left out."""
+def find_contenders(only: list[str], shape: str) -> list[str]:
+    """The contenders with one of these words in their names that are installed and fit into memory; without words, all
+    but llama.cpp. Prints to stderr why others are left out."""
     found, free = [], free_memory(torch.device("cpu"))
     for name, (dtype, quantize) in CONTENDERS.items():
         project = name.split()[0]
         modules, packages = NEEDS.get(project, ([], ""))
         size = weight_bytes(meta_model(shape, dtype, quantize)) + 10**9
-        if project == "llama.cpp" and peer != project:
+        if not any(word in name for word in only) if only else project == "llama.cpp":
             continue
         if not all(map(importlib.util.find_spec, modules)):
             print(f"bench.py: {name} is left out: it is not installed; run: pip install {packages}", file=sys.stderr)
@@ -283,9 +301,20 @@ def find_contenders(peer: str | None, shape: str) -> list[str]:
 
 def print_table(title: str, columns: dict[str, dict[str, str]]) -> None:
     """Prints columns of rows of cells as a Markdown table."""
-    print(f"\n{title}\n\n| | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
+    print(f"\n{title}\n\n| {cpu_kind()} | {' | '.join(columns)} |\n{'| --- ' * (len(columns) + 1)}|")
     for row in dict.fromkeys(row for column in columns.values() for row in column):
         print(f"| {row} | {' | '.join(column.get(row, '-') for column in columns.values())} |", flush=True)
+
+
+def ratios(results: Results) -> dict[str, dict[str, str]]:
+    """For each column of llava, its speed over that of each peer."""
+    middle = {name: {k: statistics.median(v) for k, v in figures.items()} for name, figures in results.items()}
+    peers = [name for name in middle if not name.startswith("llava") and SPEED in middle[name]]
+    columns: dict[str, dict[str, str]] = {}
+    for name in (name for name in middle if name.startswith("llava") and SPEED in middle[name]):
+        columns[name] = {f"{peer}: first token": f"{middle[peer][FIRST] / middle[name][FIRST]:.2f}" for peer in peers}
+        columns[name] |= {f"{peer}: decoding": f"{middle[name][SPEED] / middle[peer][SPEED]:.2f}" for peer in peers}
+    return columns if peers else {}
 
 
 def run_table(table: str, contenders: list[str], folder: str, args: argparse.Namespace) -> dict[str, dict]:
@@ -308,6 +337,8 @@ def run_table(table: str, contenders: list[str], folder: str, args: argparse.Nam
                 share = middle / best[name][figure] if figure == SPEED else best[name][figure] / middle
                 columns[name][figure] += f", {share:.0%}"
     print_table(TABLES[table], columns)
+    if table == "speed" and (compared := ratios(results)):
+        print_table("How many times as fast as each peer:", compared)
     if limits:
         config = SHAPES[args.shape][1]
         title = f"This machine's limits, with {config.hidden_size} x {config.intermediate_size} matrices:"
@@ -324,14 +355,16 @@ def run(args: argparse.Namespace) -> None:
         print_table(TABLES["plan"], report["plan"])
     tables = [table for table in TABLES if table in args.tables and table != "plan" and args.shape != "13b"]
     if tables:
-        contenders = find_contenders(args.peer, args.shape)
-        peer = args.peer if "speed" in tables and "llama.cpp Q8_0" in contenders else None
-        size = weight_bytes(meta_model(args.shape, "float16")) * (1.6 if peer else 1)
+        contenders = find_contenders(args.only, args.shape)
+        if not contenders:
+            raise ValueError(f"there is no contender to measure; their names are {', '.join(CONTENDERS)}")
+        files = {(name.startswith("llama.cpp"), CONTENDERS[name][1]): name for name in contenders}.values()
+        size = sum(weight_bytes(meta_model(args.shape, "float16", CONTENDERS[name][1])) for name in files)
         if size > shutil.disk_usage(args.folder or tempfile.gettempdir()).free:
             raise OSError(f"the weights need {size / 1e9:.1f} GB of disk, more than is free: choose another --folder")
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             print("writing random weights", file=sys.stderr)
-            if not measure_alone(WRITER, peer, args.shape, folder, 0):
+            if not measure_alone(WRITER, json.dumps(contenders), args.shape, folder, 0):
                 raise OSError("the weights could not be written")
             for table in tables:
                 report |= run_table(table, contenders, folder, args)
@@ -347,8 +380,8 @@ def main() -> None:
     add("--tables", nargs="+", choices=TABLES, default=[*TABLES], metavar="TABLE", help=f"default: {', '.join(TABLES)}")
     add("--rounds", type=int, default=3, help="processes per figure (default: %(default)s)")
     add("--tokens", type=int, default=24, help="length of the answers (default: %(default)s)")
-    add("--peer", choices=["llama.cpp"], help="also measure llama.cpp's text part, with a GGUF of the same shape")
-    add("--folder", type=Path, help="where to put the temporary weights (7b: 14.1 GB)")
+    add("--only", nargs="+", default=[], metavar="WORD", help="only contenders with one of these words in their names")
+    add("--folder", type=Path, help="where to put the temporary weights (7b: up to 36 GB)")
     add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     add("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -12,6 +12,7 @@ from extras.activations import ACTIVATIONS
 from extras.config_file import read_config
 from extras.files import known_fields
 from extras.hub import find_folder
+from extras.quantize import SCHEMES
 from llama import LlamaConfig
 from vision import CLIPVisionConfig
 
@@ -33,6 +34,7 @@ class LlavaConfig:
     eos_token_id: list[int] = field(default_factory=lambda: [2])
     pad_token_id: int = 2
     dtype: str | None = None  # of the stored weights
+    quantize: str | None = None  # "int8" or "int4", if linear layers are quantised
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **options: Any) -> Self:  # noqa: ANN401
@@ -82,6 +84,8 @@ class LlavaConfig:
         """The content of config.json as transformers writes it."""
         config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", **dataclasses.asdict(self)}
         config["image_token_index"] = config.pop("image_token_id")
+        if quantize := config.pop("quantize"):
+            config["quantization_config"] = SCHEMES[quantize]
         config["vision_config"]["model_type"] = "clip_vision_model"
         config["text_config"]["tie_word_embeddings"] = self.tie_word_embeddings
         return config

@@ -19,6 +19,7 @@ from extras.terminal import command_line, handle_early_interrupt
 if __name__ == "__main__":
     handle_early_interrupt("llava.py")
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from config import LlavaConfig
 from extras.activations import ACTIVATIONS
+from extras.calibration import quantize_weights
 from extras.chat import parse_arguments, run
 from extras.checks import (
     check_finite,
@@ -43,7 +45,7 @@ from extras.generation import GenerationConfig, collect, ends_and_padding
 from extras.hidden_states import with_hidden_states
 from extras.hub import find_folder
 from extras.machine import pick_dtype
-from extras.quantize import compact_linears
+from extras.quantize import compact_linears, single_thread
 from extras.saving import save_weights
 from llama import KVCache, LlamaConfig, LlamaForCausalLM
 from load import load_weights
@@ -158,7 +160,11 @@ class LlavaForConditionalGeneration(nn.Module):
             cache.padding = padding
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         decoder, states = self.language_model.model, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and cache is None):
+        is_token = cache is not None and input_ids.shape[1] == 1
+        with (
+            torch.set_grad_enabled(torch.is_grad_enabled() and cache is None),
+            single_thread(is_token and self.config.quantize is not None),
+        ):
             embeddings = self.embed(input_ids, pixel_values)  # (B, T, D)
             if output_hidden_states:
                 hidden, states = with_hidden_states(decoder, embeddings, cache, padding)
@@ -283,15 +289,21 @@ class LlavaForConditionalGeneration(nn.Module):
             dtype: of the weights in memory, such as torch.bfloat16 or "bfloat16". "auto" is float32 on a CPU, because
                 few CPUs are fast at prompts in 16 bits, and elsewhere the dtype of the checkpoint.
             device: where the model runs.
-            quantize: "int8" stores linear layers in one byte per weight (extras/quantize.py), rounded while loading.
+            quantize: "int8" or "int4" stores linear layers in 8 or 4 bits per weight (docs/quantization.md). It takes
+                minutes for a large model, but `save_pretrained` keeps the result, which is then loaded in seconds.
             options: transformers' arguments, such as torch_dtype, device_map and revision (extras/compat.py).
 
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
         """
         dtype, device, hub = loading_options(dtype, device, options)
         folder = find_folder(name, **hub)
-        model = cls.planned(LlavaConfig.from_pretrained(folder), dtype, device, quantize)
-        load_weights(model, folder, torch.device(device))
+        config = LlavaConfig.from_pretrained(folder)
+        model = cls.planned(config, dtype, device, quantize)
+        if model.config.quantize == config.quantize:
+            load_weights(model, folder, torch.device(device))
+        else:
+            plain = cls.planned(config, dtype, device, None)
+            quantize_weights(model, plain, folder, torch.device(device))
         model.tie_weights()
         return model.eval()
 
@@ -301,17 +313,22 @@ class LlavaForConditionalGeneration(nn.Module):
     ) -> Self:
         """The model on the meta device: every shape and dtype as `from_pretrained` would load it, but no memory."""
         dtype, device = pick_dtype(dtype, device, config.dtype)
+        if quantize and config.quantize not in (None, quantize):
+            raise ValueError(f"the checkpoint is quantised as {config.quantize} already, not as {quantize}")
+        config = dataclasses.replace(config, quantize=quantize or config.quantize)
         try:
             with torch.device("meta"):
                 model = cls(config).to(dtype)
-                compact_linears(model, quantize, device, None if config.tie_word_embeddings else config.dtype)
+                compact_linears(model, config.quantize, device, None if config.tie_word_embeddings else config.dtype)
         except RuntimeError as error:  # sizes that no tensor can have
             raise ValueError(f"the model cannot be built in {dtype} on {device}: {error}") from error
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and the weights in a form that transformers and this file load."""
-        config = self.config.to_dict() | {"dtype": str(self.dtype).removeprefix("torch.")}
+        """Writes config.json, generation_config.json and the weights, in a form that transformers loads, too; quantised
+        weights stay as they are, in a form for this file only."""
+        dtype = self.language_model.model.embed_tokens.weight.dtype
+        config = self.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         ends, padding = ends_and_padding(self.generation_config)
         generation = {"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": padding}
         save_weights(self, Path(folder), config, generation)

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from config import LlavaConfig
 from extras.checks import check_sampling
 from extras.images import load_image
 from extras.machine import peak_memory, pick_device
+from extras.matmul import is_installed
 from extras.memory import check_memory
+from extras.quantize import SCHEMES
 from llama import KVCache
 from processor import LlavaProcessor
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
@@ -42,7 +45,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, help="makes sampling reproducible")
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the first one available")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
-    add("--quantize", choices=["int8"], help="a byte per weight: a third of the memory or less; fast on x86 with VNNI")
+    add("--quantize", choices=SCHEMES, help="8 or 4 bits per weight: a third or a fifth of the memory of float32")
+    add("--save", type=Path, metavar="FOLDER", help="save the model, quantised if --quantize is given, to a new folder")
     add("--image-mode", choices=["crop", "pad"], help="crop a long image to its centre, or pad it to a square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="start with this system prompt, or with Vicuna's")
@@ -55,8 +59,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens must be 1 or more")
-    if not (args.image or args.question or args.chat):
+    if not (args.image or args.question or args.chat or args.save):
         parser.error("give a question, an --image, or both")
+    if args.save and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
+        parser.error(f"--save: {args.save} exists already; choose a new folder")
     if args.image.count("-") > 1 or ("-" in args.image and args.chat):
         parser.error("standard input (-) can be one image, and not together with --chat")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -73,9 +79,26 @@ def run(args: argparse.Namespace, model_class: Any) -> None:  # noqa: ANN401
         processor.image_processor.do_pad = args.image_mode == "pad"
     question = len((args.question or "").encode("utf-8", "replace"))  # at most so many tokens
     tokens = len(images) * processor.image_seq_length + question + args.max_new_tokens
+    if args.save:
+        save(args, processor, model_class)
+        if not (images or args.question or args.chat):
+            return
+        args.model = args.save
     check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens)
     model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize)
+    if model.config.quantize and device.type == "cpu" and not is_installed():
+        print("llava.py: for quantised weights to be fast on a CPU, run: pip install onnxruntime", file=sys.stderr)
     converse(args, images, processor, model.generate_stream, KVCache(model), model.generation_config.eos_token_id)
+
+
+def save(args: argparse.Namespace, processor: LlavaProcessor, model_class: Any) -> None:  # noqa: ANN401
+    """Writes a checkpoint folder, quantised or in the dtype of `--dtype` (by default that of the original)."""
+    config = LlavaConfig.from_pretrained(processor.folder)
+    dtype = (args.dtype != "auto" and args.dtype) or (None if args.quantize else config.dtype) or "float32"
+    model = model_class.from_pretrained(processor.folder, dtype, "cpu", args.quantize)
+    model.save_pretrained(args.save)
+    processor.save_pretrained(args.save)
+    print(f"llava.py: saved to {args.save}; ask it with --model {args.save}", file=sys.stderr)
 
 
 def converse(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from config import LlavaConfig
 from extras.compat import FORWARD, refuse
+from extras.quantize import refuse_nan
 from llama import KVCache
 from tokenizer import LlamaTokenizer
 from vision import LlavaImageProcessor
@@ -162,8 +163,5 @@ def check_finite(logits: Tensor, model: nn.Module) -> None:
     """Raises a ValueError that says why, if the logits of a prompt are NaN or infinite."""
     if logits.isfinite().all():
         return
-    tensors = [*model.named_parameters(), *model.named_buffers()]  # a buffer is the scale of int8 weights
-    broken = [name for name, tensor in tensors if tensor.dtype != torch.int8 and not tensor.isfinite().all()]
-    if broken:
-        raise ValueError(f"the weights contain NaN or infinity, in {', '.join(broken[:5])}: download them again")
+    refuse_nan(model)
     raise ValueError(f"the logits are NaN or infinite, although the weights are not: {logits.dtype} overflows")

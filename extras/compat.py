@@ -24,7 +24,7 @@ class Accepted(NamedTuple):
 
 
 ANY = Accepted()
-QUANTISED = Accepted((None, False), 'use quantize="int8", or a dtype of 16 bits')
+QUANTISED = Accepted((None, False), 'use quantize="int8" or quantize="int4", or a dtype of 16 bits')
 ONE_DEVICE = Accepted((None,), "a model is on one device here: use device_map='auto', or a smaller dtype")
 NOT_HERE = "leave it out"
 

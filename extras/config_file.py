@@ -11,6 +11,7 @@ and bakLlava-v1-hf for the older spellings.
 from pathlib import Path
 
 from extras.files import fits, read_json
+from extras.quantize import SCHEMES
 
 # Defaults of transformers that depend on more than the field itself. A vision_config that is present but sparse takes
 # the defaults of CLIPVisionConfig (ViT-B/32); these apply if there is none.
@@ -60,6 +61,14 @@ def read_config(folder: Path) -> dict:
     if vision_type != "clip_vision_model":
         raise ValueError(f"{folder / 'config.json'}: the vision model {vision_type!r} is not supported")
 
+    file, quantization = folder / "config.json", raw.get("quantization_config")
+    if quantization is not None and quantization not in SCHEMES.values():
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        how = "which is not supported" if method != "compact" else f"with settings that are not known: {quantization}"
+        raise ValueError(
+            f"{file}: the weights are quantised by {method!r}, {how}. Use the original checkpoint with --quantize"
+        )
+
     def first(key: str, default: object) -> object:
         """A token id from the first place that has it."""
         found = (place[key] for place in (generation, raw, text) if place.get(key) is not None)
@@ -71,6 +80,7 @@ def read_config(folder: Path) -> dict:
         **raw,
         "image_token_id": raw.get("image_token_id", raw.get("image_token_index", 32000)),
         "dtype": raw.get("dtype") or raw.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"),
+        "quantize": next((name for name, scheme in SCHEMES.items() if scheme == quantization), None),
         "eos_token_id": eos,
         "pad_token_id": first("pad_token_id", eos[0]),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings") or text.get("tie_word_embeddings")),

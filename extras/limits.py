@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
-from extras.quantize import FloatLinear, HalfLinear, computes_in, multiply_bytes, multiply_floats, products_of_bytes
+from extras.quantize import CompactLinear, FloatLinear, HalfLinear, computes_in, multiply_floats
 
 PROMPT = 600  # tokens: 576 of an image, and a question
-KINDS = ["float32", "bfloat16", "float16", "int8"]  # dtypes of weights
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}  # per weight
+KINDS = list(BYTES)
 GB_S, GFLOP_S = "one row, GB/s of weights", "600 rows, GFLOP/s"
 
 
@@ -31,10 +31,16 @@ def describe_machine() -> str:
         names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         cpu = next(iter(names), cpu)
     installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    packages = [name for name in ("torch", "transformers", "llama_cpp_python") if name in installed]
+    packages = [name for name in ("torch", "onnxruntime", "transformers", "llama_cpp_python") if name in installed]
     versions = ", ".join(f"{name} {installed[name]}" for name in packages)
-    kernels = torch.backends.cpu.get_cpu_capability()
-    return f"{cpu} ({kernels}), {torch.get_num_threads()} threads, {versions}"
+    return f"{cpu} ({cpu_kind()}), {torch.get_num_threads()} threads, {versions}"
+
+
+def cpu_kind() -> str:
+    """The instructions that kernels are chosen by, such as "AVX512 VNNI BF16"."""
+    extras = {"VNNI": "_is_vnni_supported", "BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
+    found = [name for name, test in extras.items() if getattr(torch.cpu, test, bool)()]
+    return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def seconds(function: Callable[[], object], repeat: int) -> list[float]:
@@ -49,52 +55,40 @@ def seconds(function: Callable[[], object], repeat: int) -> list[float]:
 
 @torch.no_grad()
 def machine_limits(width: int, wide: int, layers: int) -> dict[str, float]:
-    """For each dtype of weights, the highest GB/s of products with one row and GFLOP/s of a product with 600 rows.
+    """For each kind of weights, the highest GB/s of products with one row and GFLOP/s of a product with 600 rows.
 
     The matrices are those of a decoder's MLP, with hidden size `width` and intermediate size `wide`. A decoder does not
     fit into a CPU's cache, so the single row is multiplied by several matrices in turn: half a gigabyte of them, or as
-    many as the MLPs of `layers` layers have.
+    many as the MLPs of `layers` layers have. Bytes are those of the weights, without scales and zeros.
     """
     limits = {}
     for kind in KINDS:
-        dtype = getattr(torch, kind)
-        count = min(3 * layers, math.ceil(5e8 / (dtype.itemsize * width * wide)))
-        weights = [torch.randint(-127, 128, (wide, width), dtype=torch.int8).to(dtype) for _ in range(count)]
-        one_row, many_rows = products(weights)
-        limits[f"{kind}: {GB_S}"] = count * weights[0].nbytes / min(seconds(one_row, 10)) / 1e9
+        size = width * wide * BYTES[kind]
+        count = min(3 * layers, math.ceil(5e8 / size))
+        rows, many_rows = products(kind, width, wide, count)
+        rounds = [sum(seconds(row, 1)[0] for row in rows) for _ in range(10)]
+        limits[f"{kind}: {GB_S}"] = count * size / min(rounds) / 1e9
         limits[f"{kind}: {GFLOP_S}"] = 2 * PROMPT * width * wide / min(seconds(many_rows, 10)) / 1e9
     return limits
 
 
-def products(weights: list[Tensor]) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Two functions: one row times each matrix (out, in) in turn, and 600 rows times the first matrix.
+def products(kind: str, width: int, wide: int, count: int) -> tuple[list[Callable[[], object]], Callable[[], object]]:
+    """One row times each of `count` matrices (wide, width), and 600 rows times the first of them, as functions.
 
     They use the kernels of quantize.py. The 600 rows are computed in the weights' dtype if the CPU has fast kernels for
-    it, otherwise in float32. For int8, a row of 14 bits is multiplied as two rows of 7 bits and counts once.
+    it, otherwise in float32. For int8 and int4, only the product in integers is computed, without the zeros.
     """
-    (wide, width), dtype = weights[0].shape, weights[0].dtype
     x = torch.randn(PROMPT, width)
-    rows: list[Callable[[], object]]
-    many_rows: Callable[[], object]
-    if dtype == torch.int8 and products_of_bytes():
-        halves = torch.randint(128, (2 * PROMPT, width), dtype=torch.uint8)
-        packed, scale = [torch.ops.onednn.qlinear_prepack(weight, None) for weight in weights], torch.ones(wide)
-        rows = [partial(multiply_bytes, halves[:2], weight, scale) for weight in packed]
-        many_rows = partial(multiply_bytes, halves, packed[0], scale)
-    elif dtype == torch.int8:
-        rows = [partial(lambda weight: F.linear(x[:1], weight.float()), weight) for weight in weights]
-        many_rows = partial(F.linear, x, weights[0].float())
-    else:
-        layers = [(FloatLinear if dtype == torch.float32 else HalfLinear)(width, wide, False, "meta") for _ in weights]
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.weight = nn.Parameter(weight)
-        rows = [partial(layer, x[:1].to(dtype)) for layer in layers]
-        computed = dtype if computes_in(dtype) else torch.float32
-        multiply = multiply_floats if computed == torch.float32 else F.linear
-        many_rows = partial(multiply, x.to(computed), weights[0].to(computed))
-
-    def one_row() -> None:
-        for row in rows:
-            row()
-
-    return one_row, many_rows
+    if kind in ("int8", "int4"):
+        compact = [CompactLinear(width, wide, False, int(kind[3:]), 32 if kind == "int8" else 64) for _ in range(count)]
+        for layer in compact:
+            layer.weight.random_(0, 256), layer.scale.fill_(1)
+            layer.prepare()
+        kernels = [layer.multiply or layer.product for layer in compact]
+        return [partial(kernel, x[:1]) for kernel in kernels], partial(kernels[0], x)
+    dtype = getattr(torch, kind)
+    layers = [(FloatLinear if kind == "float32" else HalfLinear)(width, wide, False, dtype=dtype) for _ in range(count)]
+    computed = dtype if computes_in(dtype) else torch.float32
+    multiply = multiply_floats if computed == torch.float32 else F.linear
+    many_rows = partial(multiply, x.to(computed), layers[0].weight.to(computed))
+    return [partial(layer, x[:1].to(dtype)) for layer in layers], many_rows

@@ -98,3 +98,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(-1, 2**29)  # M_TRIM_THRESHOLD in malloc.h: how much may stay free at the end of the heap
         libc.mallopt(-2, 2**28)  # M_TOP_PAD: how much more than needed the heap grows by
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks above 32 MiB are mostly returned at once
+
+
+def return_freed_memory() -> None:
+    """Makes glibc return all freed memory to Linux, after work that has freed much of it."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)

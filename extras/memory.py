@@ -8,6 +8,7 @@ from torch import nn
 
 from config import LlavaConfig
 from extras.machine import free_memory
+from extras.quantize import SCHEMES
 from llama import KVCache
 from load import stored_tensors, weight_bytes
 
@@ -24,10 +25,11 @@ def check_memory(folder: Path, plan: Plan, dtype: str, device: torch.device, qua
     """
     config = LlavaConfig.from_pretrained(folder)
 
+    stored_tensors(plan(config, dtype, device, None), folder)  # first of all, config.json and the weights have to match
+
     def needed(dtype: str, quantize: str | None) -> tuple[int, int]:
         """Bytes of the weights and of the cache."""
         model = plan(config, dtype, device, quantize)
-        stored_tensors(model, folder)  # first of all, config.json and the weights have to match
         cache = KVCache(model, max_length=min(tokens, config.text_config.context_length))
         return weight_bytes(model), cache.keys.nbytes + cache.values.nbytes
 
@@ -35,8 +37,10 @@ def check_memory(folder: Path, plan: Plan, dtype: str, device: torch.device, qua
     free = free_memory(device)
     if free is None or weights + cache + WORKING_MEMORY <= free:
         return
-    smaller = {"--quantize int8": (dtype, "int8"), "--dtype bfloat16": ("bfloat16", quantize)}
-    smaller["--dtype bfloat16 --quantize int8"] = ("bfloat16", "int8")
+    smaller = {"--dtype bfloat16": ("bfloat16", quantize)}
+    for scheme in SCHEMES if config.quantize is None else ():
+        smaller |= {f"--quantize {scheme}": (dtype, scheme)}
+        smaller |= {f"--dtype bfloat16 --quantize {scheme}": ("bfloat16", scheme)}
     totals: dict[int, str] = {}  # of options with the same total, the first
     for options, kind in smaller.items():
         totals.setdefault(sum(needed(*kind)) + WORKING_MEMORY, options)

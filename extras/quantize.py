@@ -1,32 +1,35 @@
-"""Linear layers for CPUs, with the fastest kernels for weights of four, two or one byte.
+"""Linear layers for CPUs, with the fastest kernels for weights of 32, 16, 8 or 4 bits.
 
-    FloatLinear  weight (out, in) float32
-    HalfLinear   weight (out, in) float16 or bfloat16
-    Int8Linear   weight (out, in) int8, scale (out,) float32      weight = int8 * scale, approximately
+    FloatLinear    weight (out, in) float32
+    HalfLinear     weight (out, in) float16 or bfloat16
+    CompactLinear  weight (out, groups, bytes) uint8, scale (out, groups) float32, zero (out, groups) bfloat16
+                   8 bits: (byte - 128) * scale          4 bits: (half a byte - 8) * scale + zero
 
 Decoding reads every weight from memory once per token, so its speed depends on their size in bytes; a prompt has
 hundreds of rows, so its speed depends on arithmetic. Each layer uses a fast kernel for both cases, and is a drop-in
-replacement for `nn.Linear` for inference, with the same arguments, names and shapes.
+replacement for `nn.Linear` for inference, with the same arguments and names.
 
-Int8 quantisation is symmetric and per output channel: each row of the matrix has its own scale, which maps its largest
-weight to 127. Only weights are rounded to 8 bits. Integer products on CPUs need bytes on both sides, so activations are
-rounded to 14 bits, with one step per row, and their upper and lower 7 bits are multiplied separately. (With 8 bits
-each, CPUs without VNNI would overflow, because they add products in pairs, in 16 bits.) All linear layers of vision
-tower, projector and decoder are quantised. The head is not, because rounding it changes answers most; nor are the word
-embeddings, which are looked up, not multiplied, and everything that is not a linear layer.
-
-Source: the symmetric scheme of LLM.int8() (arXiv 2208.07339), without its treatment of outliers, which activations of
-14 bits make unnecessary. The kernels were chosen by measurement, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI
-and BF16; there, PyTorch's own kernel for a single row of bfloat16 is twice as fast as oneDNN's.
+docs/quantization.md explains how weights are rounded to 8 and 4 bits, and what that costs. FloatLinear and HalfLinear
+were chosen by measurement, with PyTorch 2.13 on an AMD EPYC with AVX-512 VNNI and BF16; there, PyTorch's own kernel for
+a single row of bfloat16 is twice as fast as oneDNN's.
 """
 
-import functools
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BLOCK = 256  # rows per product: few enough for intermediate results to stay in the CPU's cache
+from extras import matmul
+from extras.machine import return_freed_memory
+
+SCHEMES = {f"int{bits}": {"quant_method": "compact", "bits": bits, "version": 1} for bits in (8, 4)}  # in config.json
+BLOCK = 1024  # rows of a matrix that are dequantised at a time
+ROUNDED_ROWS = 32  # rows that are rounded at a time: few enough for intermediate results to stay in the CPU's cache
+RANGES, FITS = (1, 0.92, 0.84, 0.76), 3  # attempts at rounding to 4 bits: parts of the range, least squares for each
 
 
 class FloatLinear(nn.Linear):
@@ -52,57 +55,156 @@ class HalfLinear(nn.Linear):
                 torch.backends.mkldnn.enabled = True  # type: ignore[assignment]
         if on_cpu and not single and not computes_in(x.dtype):
             rows = x.float()
-            parts = [multiply_floats(rows, weight.float()) for weight in self.weight.split(4 * BLOCK)]
+            parts = [multiply_floats(rows, weight.float()) for weight in self.weight.split(BLOCK)]
             out = torch.cat(parts, dim=-1)
             return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
         return super().forward(x)
 
 
-class Int8Linear(nn.Module):
-    """Int8 weights: a tensor (out, in), on a CPU packed by oneDNN for its int8 kernel."""
+class CompactLinear(nn.Module):
+    """Weights of 8 or 4 bits in groups of consecutive inputs, each with its scale and, in 4 bits, its zero.
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    On a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Without it, and on other devices, the
+    weights are dequantised block by block on every call: slow, but with the same result up to that rounding.
+
+    Args:
+        in_features, out_features, bias: as of `nn.Linear`.
+        bits, group: 8 or 4 bits; the number of weights that share a scale.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, bits: int = 8, group: int = 32) -> None:
         super().__init__()
-        weight = torch.empty(out_features, in_features, dtype=torch.int8)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.register_buffer("scale", torch.empty(out_features))
+        self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
+        groups = math.ceil(in_features / group)  # the last one is padded with weights that are ignored
+        self.weight = stored(torch.empty(out_features, groups, group * bits // 8, dtype=torch.uint8))
+        self.scale = stored(torch.empty(out_features, groups, dtype=torch.float32))
+        self.zero = HalfLinear(groups, out_features, bias=False, dtype=torch.bfloat16) if bits == 4 else None
+        self.bias = stored(torch.empty(out_features)) if bias else None
+        self.requires_grad_(False)
+        self.uses_runtime = matmul.is_installed()
+        self.multiply: Callable[[Tensor], Tensor] | None = None  # ONNX Runtime's product, once it has packed the weight
 
     @torch.no_grad()
-    def load_weight(self, weight: Tensor) -> None:
-        """Rounds a weight matrix (out, in) of any dtype to int8, a few rows at a time: no float32 copy is needed."""
-        self.scale = torch.empty(len(weight), device=weight.device)
-        whole = torch.empty_like(weight, dtype=torch.int8)
-        for rows, scale, rounded in zip(weight.split(32), self.scale.split(32), whole.split(32), strict=True):
-            rows = rows.float()
-            scale.copy_(torch.linalg.vector_norm(rows, torch.inf, dim=1).clamp_(min=1e-30) / 127)
-            rounded.copy_(rows.div(scale[:, None]).round_())
-        packs = weight.device.type == "cpu" and products_of_bytes()
-        whole = torch.ops.onednn.qlinear_prepack(whole, None) if packs else whole
-        self.weight = nn.Parameter(whole, requires_grad=False)
+    def load_weight(self, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Rounds a weight matrix (out, in) of any dtype, a few rows at a time: no float32 copy is needed.
+
+        With 4 bits, `importance` (in,) weighs the squared errors: the mean squares of the inputs. None: all are alike.
+        """
+        padding = (0, self.scale.shape[1] * self.group - self.in_features)
+        importance = torch.ones(self.in_features) if importance is None else importance.float()
+        importance = importance + 1e-4 * importance.mean().clamp_(
+            min=1e-30
+        )  # inputs that were always 0 may not stay so
+        grouped = F.pad(importance, padding).view(-1, self.group).to(weight.device)  # (groups, group)
+        parts: list[tuple[Tensor, ...]] = []
+        for rows in weight.split(ROUNDED_ROWS):
+            values = F.pad(rows.float(), padding).view(len(rows), -1, self.group)  # (rows, groups, group)
+            parts.append(round_to_4_bits(values, grouped) if self.bits == 4 else round_to_8_bits(values))
+        codes, scale, *zero = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.weight, self.scale, self.multiply = stored(codes), stored(scale), None
+        if self.zero is not None:
+            self.zero.weight = stored(zero[0])
+
+    def blocks(self, rows: int = BLOCK) -> Iterator[Tensor]:
+        """The weight matrix in float32, `rows` of its outputs at a time: (rows, in), the last one shorter."""
+        zeros = [None] * self.out_features if self.zero is None else self.zero.weight.split(rows)
+        for codes, scale, zero in zip(self.weight.split(rows), self.scale.split(rows), zeros, strict=False):
+            if self.bits == 4:
+                codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
+            values = (codes.float() - 2 ** (self.bits - 1)) * scale[..., None].float()
+            values = values if zero is None else values + zero[..., None].float()
+            yield values.flatten(1)[:, : self.in_features]
 
     def dequantized(self) -> Tensor:
-        """The weight matrix (out, in) in float32, with the values that the layer computes with."""
-        weight = self.weight.to_dense().t() if self.weight.is_mkldnn else self.weight
-        return weight.float() * self.scale[:, None]
+        """The whole weight matrix (out, in) in float32."""
+        return torch.cat(list(self.blocks()))
 
-    @torch.no_grad()
+    def prepare(self) -> None:
+        """Lets ONNX Runtime pack the weight, if it is installed and the weight is on the CPU; once is enough."""
+        if self.uses_runtime and self.multiply is None and self.weight.device.type == "cpu":
+            self.multiply = matmul.multiplier(self.weight, self.scale.float(), self.bits, self.in_features)
+            return_freed_memory()  # packing leaves holes as large as the matrix
+
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out), in the dtype of x."""
-        rows = x.reshape(-1, x.shape[-1])  # (M, in)
-        if self.weight.is_mkldnn:
-            out = torch.empty(len(rows), len(self.scale), dtype=torch.float32)
-            for some, result in zip(rows.float().split(BLOCK), out.split(BLOCK), strict=True):
-                step = some.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / 8127  # (M, 1); 63 * 128 + 63
-                bits = (some / step).add_(64 * 128 + 64 + 0.5).to(torch.int16)  # .5: to the nearest; 14 bits, 0 or more
-                halves = torch.cat([(bits >> 7).to(torch.uint8), (bits & 127).to(torch.uint8)])
-                high, low = multiply_bytes(halves, self.weight, self.scale).split(len(some))[:2]
-                torch.add(low, high, alpha=128, out=result).mul_(step)
-        else:
+        """(..., in) -> (..., out), in the dtype of x. Gradients flow to x, not to the weights."""
+        rows = x.reshape(-1, self.in_features)
+        out = CompactProduct.apply(rows, self) if torch.is_grad_enabled() else self.product(rows)
+        out = out if self.bias is None else out + self.bias
+        return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    def product(self, x: Tensor) -> Tensor:
+        """(M, in) -> (M, out), without the bias."""
+        self.prepare()
+        if self.multiply is None or x.device.type != "cpu":
             dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-            out = F.linear(rows.to(dtype), self.dequantized().to(dtype))
-        out = out if self.bias is None else out.add_(self.bias)
-        return out.to(x.dtype).reshape(*x.shape[:-1], -1)
+            return torch.cat([F.linear(x.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
+        out = self.multiply(x.float())
+        if self.zero is not None:
+            padded = F.pad(x, (0, -self.in_features % self.group)) if self.in_features % self.group else x
+            out += self.zero(padded.unflatten(-1, (-1, self.group)).sum(-1).bfloat16())  # zero * sum of each group
+        return out
+
+
+class CompactProduct(torch.autograd.Function):
+    """The product with a compact matrix, dequantised again for the gradient: so adapters can be trained around it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: CompactLinear) -> Tensor:  # noqa: ANN401
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        parts = zip(gradient.split(BLOCK, dim=-1), ctx.layer.blocks(), strict=True)
+        return sum(part @ block.to(part.dtype) for part, block in parts), None  # (M, in)
+
+
+def stored(tensor: Tensor) -> nn.Parameter:
+    """A parameter that is not trained."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, groups, group) -> codes of that shape, uint8, and scales (rows, groups): the largest value becomes 127."""
+    scale = values.abs().amax(-1).clamp_(min=1e-30) / 127
+    return (values / scale[..., None]).round_().add_(128).to(torch.uint8), scale
+
+
+def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows, groups, group) -> codes (rows, groups, group / 2), uint8, scales and zeros (rows, groups).
+
+    They minimise the squared errors of a group, weighted by `importance` (groups, group), as far as four attempts do.
+    Each starts from the range of the group, or less of it, rounds, and solves the least squares for scale and zero with
+    the codes fixed, several times.
+    """
+    weighted, total = importance * values, importance.sum(-1).clamp_(min=1e-30)
+    mean = weighted.sum(-1) / total
+    low, high = values.amin(-1), values.amax(-1)
+    best: list[Tensor] = []
+    for part in RANGES:
+        scale = ((high - low) * (part / 15)).clamp_(min=1e-30)
+        zero = (low + high + scale) / 2  # codes from -8 to 7 are centred at -1/2
+        for last in [False] * FITS + [True]:
+            zero = zero.bfloat16().float() if last else zero
+            codes = ((values - zero[..., None]) / scale[..., None]).round_().clamp_(-8, 7)
+            if not last:
+                shares = importance * codes
+                centre = shares.sum(-1) / total
+                variance = (shares * codes).sum(-1) / total - centre.square()
+                slope = ((weighted * codes).sum(-1) / total - mean * centre) / variance
+                scale = torch.where(variance > 1e-6, slope, scale)  # 0 if all codes that matter are the same
+                zero = mean - scale * centre
+        errors = (codes * scale[..., None]).add_(zero[..., None]).sub_(values).square_().mul_(importance).sum(-1)
+        found = [errors, codes, scale, zero]
+        best = best or found
+        better = errors < best[0]
+        best = [
+            torch.where(better[..., None] if new.ndim > better.ndim else better, new, old)
+            for new, old in zip(found, best, strict=True)
+        ]
+    _, codes, scale, zero = best
+    first, second = codes.add_(8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
+    return first | second << 4, scale, zero.bfloat16()
 
 
 def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -115,51 +217,71 @@ def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
-def multiply_bytes(rows: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """((rows - 64) @ packed.T) * scale: uint8 rows (M, in) below 128, packed matrix (out, in) -> (M, out) float32.
-
-    Two rows are computed, and returned, as four: oneDNN's kernel for four rows is faster.
-    """
-    if len(rows) == 2:
-        rows = torch.cat([rows, rows])
-    kernel, zero = torch.ops.onednn.qlinear_pointwise, torch.zeros(1, dtype=torch.int32)
-    return kernel(rows, 1.0, 64, packed, scale, zero, None, 1.0, 0, torch.float32, "none", [], "")
-
-
-@functools.cache
-def products_of_bytes() -> bool:
-    """Whether oneDNN has an exact int8 kernel for this CPU. It has one on x86; other CPUs have not been tried."""
-    weight, rows = torch.full((64, 64), 127, dtype=torch.int8), torch.full((4, 64), 127, dtype=torch.uint8)
-    try:
-        product = multiply_bytes(rows, torch.ops.onednn.qlinear_prepack(weight, None), torch.ones(64))
-    except (AttributeError, RuntimeError):  # a PyTorch without oneDNN, or a CPU that has no such kernel
-        return False
-    return bool((product == 64 * 127 * 63).all())
-
-
 def compact_linears(
     model: nn.Module, quantize: str | None, device: torch.device, embedding_dtype: str | None = None
 ) -> None:
     """Replaces the linear layers of a meta-device model by those above, where that makes it smaller or faster.
 
     With `quantize`, word embeddings of 16 bits keep that dtype, `embedding_dtype`, which loses nothing. Raises a
-    ValueError if `quantize` is not None or "int8".
+    ValueError if `quantize` is not None, "int8" or "int4".
     """
-    if quantize not in (None, "int8"):
-        raise ValueError(f"quantize is {quantize!r}; it must be 'int8' or None")
-    on_cpu = device.type == "cpu"
-    for module in list(model.modules()):
+    if quantize not in (None, *SCHEMES):
+        raise ValueError(f"quantize is {quantize!r}; it must be {' or '.join(map(repr, SCHEMES))} or None")
+    on_cpu, tied = device.type == "cpu", len(dict(model.named_parameters(remove_duplicate=False)))
+    tied = tied > len(dict(model.named_parameters()))
+    for path, module in list(model.named_modules()):
         for name, child in module.named_children():
             if quantize and name == "embed_tokens" and embedding_dtype in ("float16", "bfloat16"):
                 child.to(getattr(torch, embedding_dtype))
             if not isinstance(child, nn.Linear):
                 continue
-            if quantize == "int8" and name != "lm_head":
-                setattr(module, name, Int8Linear(child.in_features, child.out_features, child.bias is not None))
+            layout = bits_and_group(f"{path}.{name}", quantize, tied)
+            if layout:
+                bias = child.bias is not None
+                setattr(module, name, CompactLinear(child.in_features, child.out_features, bias, *layout))
             elif on_cpu and child.weight.dtype in (torch.float16, torch.bfloat16):
                 child.__class__ = HalfLinear  # keeps the parameters, so that a tied head stays tied
             elif on_cpu and child.weight.dtype == torch.float32 and child.weight.numel() >= 2**20:
                 child.__class__ = FloatLinear  # smaller layers gain little
+
+
+def bits_and_group(name: str, quantize: str | None, tied: bool) -> tuple[int, int] | None:
+    """How a linear layer is stored: bits per weight and weights per group, or None if it is not quantised.
+
+    See docs/quantization.md for the measurements behind it. A head that is tied to the word embeddings stays with them.
+    """
+    if quantize is None or (name.endswith("lm_head") and (tied or quantize == "int8")):
+        return None
+    if quantize == "int8" or not name.startswith("language_model.model."):
+        return 8, 32
+    return (4, 32) if name.endswith(("o_proj", "down_proj")) else (4, 64)
+
+
+def refuse_nan(model: nn.Module) -> None:
+    """Raises a ValueError that names parameters with NaN or infinity.
+
+    ONNX Runtime drops NaN when it rounds activations, so that wrong answers would be all that is seen of it.
+    """
+    floats = ((name, tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point())
+    if broken := [name for name, tensor in floats if not tensor.isfinite().all()]:
+        raise ValueError(f"the weights contain NaN or infinity, in {', '.join(broken[:5])}: download them again")
+
+
+@contextlib.contextmanager
+def single_thread(model_is_compact: bool) -> Iterator[None]:
+    """Lets PyTorch compute with one thread while ONNX Runtime does the products of a single token with all of its own.
+
+    PyTorch's threads would go on waiting at full speed after each operation, on the cores that the next product needs.
+    """
+    count = torch.get_num_threads()
+    alone = model_is_compact and matmul.is_installed() and count > 1
+    if alone:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if alone:
+            torch.set_num_threads(count)
 
 
 def computes_in(dtype: torch.dtype) -> bool:

@@ -7,7 +7,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from extras.files import write_atomically, write_json
-from extras.quantize import Int8Linear
 
 SHARD_BYTES = 5 * 10**9  # the largest file written
 # All files of a folder that belong to the tokenizer and the image processor.
@@ -37,7 +36,10 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
     for number, names in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"{stem}-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            name.replace("vision_tower.", "vision_tower.vision_model.", 1): _stored(model, name) for name in names
+            name.replace("vision_tower.", "vision_tower.vision_model.", 1): (
+                model.get_parameter(name).detach().cpu().contiguous()
+            )
+            for name in names
         }
 
         def write(part: Path, tensors: dict[str, Tensor] = tensors) -> None:
@@ -55,15 +57,6 @@ def save_weights(model: nn.Module, folder: Path, config: dict, generation_config
             old.unlink(missing_ok=True)  # left by an earlier save with another number of shards
     write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", generation_config)
-
-
-def _stored(model: nn.Module, name: str) -> Tensor:
-    """A parameter as it is written to a file; int8 weights are dequantised."""
-    path, _, attribute = name.rpartition(".")
-    module = model.get_submodule(path)
-    if isinstance(module, Int8Linear) and attribute == "weight":
-        return module.dequantized().cpu().contiguous()
-    return model.get_parameter(name).detach().cpu().contiguous()
 
 
 def copy_processor_files(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 from pretrain import train_tokenizer
 
 from extras.files import write_json
+from extras.quantize import CompactLinear
 from extras.saving import SHARD_BYTES
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from vision import CLIPVisionConfig
@@ -90,41 +91,63 @@ def random_weights(name: str, shape: torch.Size) -> Tensor:
     return weights
 
 
+def random_tensor(model: LlavaForConditionalGeneration, name: str) -> Tensor:
+    """What is stored under this name: random weights in float16, or the codes, scales and zeros of a compact layer."""
+    parameter, path = model.get_parameter(name), name.rpartition(".")[0].removesuffix(".zero")
+    layer = model.get_submodule(path)
+    if not isinstance(layer, CompactLinear) or name == f"{path}.bias":
+        return random_weights(name, parameter.shape).half()
+    if name == f"{path}.weight":
+        codes = torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+        if path.endswith("lm_head"):
+            codes[2] = 128
+        return codes
+    deviation = 4.61 if layer.bits == 4 else 73.9  # of codes that are all equally likely; their mean is -0.5
+    scale = layer.in_features**-0.5 / deviation
+    return torch.full(parameter.shape, scale if name == f"{path}.scale" else scale / 2, dtype=parameter.dtype)
+
+
+DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
 def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -> None:
-    """Writes config.json and shards of at most 5 GB for a model on the meta device, in float16 as on the hub.
+    """Writes config.json and shards of at most 5 GB for a model on the meta device, in float16 as on the hub, or with
+    compact layers.
 
     It holds one tensor in memory at a time. It writes no tokenizer files.
     """
-    shards: list[dict[str, torch.Size]] = [{}]
+    shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, parameter in model.named_parameters():
-        size = 2 * parameter.numel()
-        if filled + size > SHARD_BYTES:
+        compact = isinstance(model.get_submodule(name.rpartition(".")[0].removesuffix(".zero")), CompactLinear)
+        stored = parameter if compact and not name.endswith(".bias") else parameter.half()
+        if filled + stored.nbytes > SHARD_BYTES:
             shards, filled = [*shards, {}], 0
-        shards[-1][name] = parameter.shape
-        filled += size
+        shards[-1][name] = stored
+        filled += stored.nbytes
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file, end = f"model-{number:05}-of-{len(shards):05}.safetensors", 0
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
-        for name, shape in shard.items():
-            start, end = end, end + 2 * shape.numel()
-            header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [start, end]}
+        for name, tensor in shard.items():
+            start, end = end, end + tensor.nbytes
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
         with open(folder / file, "wb") as out:
             out.write(len(text).to_bytes(8, "little") + text)
-            for name, shape in shard.items():
-                random_weights(name, shape).half().numpy().tofile(out)
+            for name in shard:
+                random_tensor(model, name).view(torch.uint8).numpy().tofile(out)
         weight_map |= dict.fromkeys(shard, file)
     write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
     write_json(folder / "config.json", model.config.to_dict() | {"dtype": "float16"})
 
 
-def write_gguf(file: Path, model: LlavaForConditionalGeneration) -> None:
-    """Writes a decoder of this model's shape for llama.cpp: matrices in Q8_0, one at a time, and a vocabulary.
+def write_gguf(file: Path, model: LlavaForConditionalGeneration, kind: str = "Q8_0") -> None:
+    """Writes a decoder of this model's shape for llama.cpp: matrices in Q8_0 or Q4_0, one at a time, and a vocabulary.
 
-    llama.cpp's RoPE pairs channels differently. With random weights, that is only another order of channels.
+    The head is always Q8_0. llama.cpp's RoPE pairs channels differently. With random weights, that is only another
+    order of channels.
     """
     import gguf
 
@@ -148,11 +171,12 @@ def write_gguf(file: Path, model: LlavaForConditionalGeneration) -> None:
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     tensors = dict(model.language_model.named_parameters())
-    types = {name: gguf.GGMLQuantizationType["F32" if p.ndim == 1 else "Q8_0"] for name, p in tensors.items()}
+    kinds_of = {name: "F32" if p.ndim == 1 else "Q8_0" if "lm_head" in name else kind for name, p in tensors.items()}
+    types = {name: gguf.GGMLQuantizationType[one] for name, one in kinds_of.items()}
     for name, parameter in tensors.items():
-        size = parameter.nbytes if parameter.ndim == 1 else parameter.numel() // 32 * 34
+        size = {"F32": parameter.nbytes, "Q8_0": parameter.numel() // 32 * 34, "Q4_0": parameter.numel() // 32 * 18}
         ours = names.get_name(name, try_suffixes=[".weight"])
-        writer.add_tensor_info(ours, parameter.shape, torch.float32, size, types[name])
+        writer.add_tensor_info(ours, parameter.shape, torch.float32, size[kinds_of[name]], types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 GROUP = "user.slice/app.scope"
 
 
-@pytest.mark.parametrize("quantize", [None, "int8"])
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16])
 def test_the_planned_size_matches_the_loaded_model_to_the_byte(stored, dtype, quantize, tmp_path, monkeypatch):
@@ -28,6 +28,8 @@ def test_the_planned_size_matches_the_loaded_model_to_the_byte(stored, dtype, qu
     assert all(tensor.is_meta for tensor in [*planned.parameters(), *planned.buffers()])
     loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype, quantize=quantize)
     size = sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()])
+    scales = [parameter for name, parameter in loaded.named_parameters() if name.endswith(".scale")]
+    size += 2 * sum(scale.nbytes for scale in scales)  # ONNX Runtime has three numbers for each scale
     assert weight_bytes(planned) == weight_bytes(loaded) == size
 
     cache = KVCache(loaded, max_length=200)
@@ -45,23 +47,24 @@ GB = 10**9
 SENTENCES = {
     "every option that fits": (
         (20, "auto", None),
-        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --quantize int8 \(9\.1 GB in all"
-        r"\) or --dtype bfloat16 \(15\.2 GB in all\) or --dtype bfloat16 --quantize int8 \(8\.4 GB in all\)$",
+        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --dtype bfloat16 \(15\.2 GB in all"
+        r"\) or --quantize int8 \(11\.7 GB in all\) or --dtype bfloat16 --quantize int8 \(10\.9 GB in all\) or "
+        r"--quantize int4 \(7\.5 GB in all\) or --dtype bfloat16 --quantize int4 \(7\.0 GB in all\)$",
     ),
     "only options that fit": (
-        (12, "float16", None),
-        r"needs 14\.1 GB \+ 0\.5 GB cache \+ 0\.5 GB to work with, 12\.0 GB free: "
-        r"try --quantize int8 \(8\.4 GB in all\)$",
+        (10, "float16", None),
+        r"needs 14\.1 GB \+ 0\.5 GB cache \+ 0\.5 GB to work with, 10\.0 GB free: "
+        r"try --quantize int4 \(7\.0 GB in all\)$",
     ),
     "no option that is larger": (
-        (8.7, "auto", "int8"),
-        r"needs 7\.6 GB .*, 8\.7 GB free: try --dtype bfloat16 \(8\.4 GB in ",
+        (11, "auto", "int8"),
+        r"needs 10\.1 GB .*, 11\.0 GB free: try --dtype bfloat16 \(10\.9 GB in all\) or --quantize int4 ",
     ),
     "no option fits": (
         (4, "auto", None),
-        r"even --dtype bfloat16 --quantize int8 takes 8\.4 GB in all; close other programs, or use a smaller model or",
+        r"even --dtype bfloat16 --quantize int4 takes 7\.0 GB in all; close other programs, or use a smaller model or",
     ),
-    "no smaller option": ((4, "bfloat16", "int8"), "no option makes it smaller; close other programs"),
+    "no smaller option": ((4, "bfloat16", "int4"), "no option makes it smaller; close other programs"),
 }
 
 
