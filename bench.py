@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import LlavaConfig
 from extras.files import write_json
 from extras.limits import GB_S, GFLOP_S, KINDS, PROMPT, cpu_kind, describe_machine, machine_limits, seconds
-from extras.machine import free_memory, peak_memory
+from extras.machine import anonymous_memory, free_memory, peak_memory
 from extras.quantize import CompactLinear
 from extras.terminal import command_line
 from llama import KVCache, LlamaConfig
@@ -84,7 +84,7 @@ TABLES = {
 }
 OURS = ["llava float32", "llava int8", "llava int4"]  # in the last three tables
 BATCHES, CONTEXTS = [1, 2, 4, 8], [600, 1200, 2400, 3600]
-LOAD, MEMORY = "loading, s", "peak memory, GB"
+LOAD, MEMORY, ANONYMOUS = "loading, s", "peak memory, GB", "memory without mapped files, GB"
 VISION, FIRST, SPEED = "vision tower and projector, s", "time to first token, s", "decoding, tokens/s"
 IMAGE_TOKEN_ID = 420
 
@@ -149,7 +149,7 @@ LOADERS = {"llava": load_llava, "transformers": load_transformers, "llama.cpp": 
 
 
 def write(name: str, shape: str, folder: Path) -> None:
-    """Writes what a contender loads, if it is not there yet."""
+    """Writes what a contender loads."""
     quantize = CONTENDERS[name][1]
     if name.startswith("llama.cpp"):
         write_gguf(folder / f"{quantize}.gguf", meta_model(shape), name.split()[1])
@@ -193,6 +193,8 @@ def measure(name: str, table: str | None, shape: str, folder: str, tokens: int) 
         figures[FIRST], figures[SPEED] = answer(prompt())
         if (peak := peak_memory(torch.device("cpu"))) != "unknown":
             figures[MEMORY] = float(peak.removesuffix(" GB"))
+        if (anonymous := anonymous_memory()) is not None:
+            figures[ANONYMOUS] = anonymous
         return figures
     if table == "context":
         found = {length: answer(prompt(length)) for length in CONTEXTS}
@@ -217,9 +219,6 @@ def batch_speed(model: LlavaForConditionalGeneration, size: int, tokens: int) ->
             start = time.perf_counter()
         ids = model(ids, cache=cache, logits_to_keep=1).logits.argmax(-1)
     return size * tokens / (time.perf_counter() - start)
-
-
-# Figures computed from the shapes
 
 
 def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]:
@@ -262,8 +261,6 @@ def plan() -> dict[str, dict[str, str]]:
         columns[kind][f"{shape}: weights + cache of 1000 tokens"] = sizes
     return columns
 
-
-# The tables
 
 Results = dict[str, dict[str, list[float]]]  # contender -> figure -> one value per round
 

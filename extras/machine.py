@@ -88,6 +88,13 @@ def peak_memory(device: torch.device) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB"
 
 
+def anonymous_memory() -> float | None:
+    """GB of this process's memory that the system cannot drop, as it can mapped files; None where that is unknown."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if line.startswith("RssAnon:")), None)
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed blocks, such as a layer's results, for the next layer.
 

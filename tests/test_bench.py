@@ -14,12 +14,12 @@ import transformers
 from random_checkpoint import write_gguf, write_large_checkpoint
 
 import bench
-from extras import limits
+from extras import limits, matmul
 from llava import LlavaForConditionalGeneration
 from load import weight_bytes
 
 CPU_CONTENDERS = [name for name in bench.CONTENDERS if not name.startswith("llama.cpp")]
-SPEED_FIGURES = {bench.LOAD, bench.VISION, bench.FIRST, bench.SPEED, bench.MEMORY}
+SPEED_FIGURES = {bench.LOAD, bench.VISION, bench.FIRST, bench.SPEED, bench.MEMORY, bench.ANONYMOUS}
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_every_table_is_printed_and_every_figure_written(call, tmp_path, monkeyp
     monkeypatch.setattr(bench, "OURS", [*bench.OURS, "llava bfloat16"])
     printed = call("--json", tmp_path / "figures.json").out
     for title in bench.TABLES.values():
-        assert f"\n{title}\n\n| | " in printed
+        assert f"\n{title}\n\n| {limits.cpu_kind()} | llava float32 | " in printed or title == bench.TABLES["plan"]
     assert "This machine's limits, with 128 x 256 matrices:" in printed
     report = json.loads((tmp_path / "figures.json").read_text())
     assert {*bench.TABLES, "limits", "at best", "machine", "shape", "command"} == report.keys()
@@ -72,7 +72,11 @@ def test_each_contender_is_measured_in_its_own_process(tmp_path, request):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert (
-        len(re.findall(r"^\| (first|second) question: .* \| [\d.e-]+ \| [\d.e-]+ \|$", result.stdout, re.MULTILINE))
+        len(
+            re.findall(
+                r"^\| (first|second) question: .* \| [\d.e-]+ \| [\d.e-]+ \| [\d.e-]+ \|$", result.stdout, re.MULTILINE
+            )
+        )
         == 2
     )
     assert [line for line in result.stderr.splitlines() if "round" in line] == [
@@ -87,7 +91,14 @@ def test_a_contender_that_fails_leaves_its_column_empty(call, monkeypatch):
     printed = call("--tables", "batch", "--rounds", "3").out
     number = r"[\d.e+-]+"
     assert (
-        len(re.findall(rf"^\| batch of \d \| {number} \({number} to {number}\) \| - \|$", printed, re.MULTILINE)) == 4
+        len(
+            re.findall(
+                rf"^\| batch of \d \| {number} \({number} to {number}\) \| - \| {number} \({number} to {number}\) \|$",
+                printed,
+                re.MULTILINE,
+            )
+        )
+        == 4
     )
 
 
@@ -102,16 +113,16 @@ def test_a_contender_that_is_not_installed_is_left_out_with_a_reason(call, monke
     find_spec = importlib.util.find_spec
     absent = ("llama_cpp", "transformers")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in absent else find_spec(name))
-    printed = call("--tables", "batch", "--peer", "llama.cpp")
+    printed = call("--tables", "batch", "--only", "llama.cpp", "transformers", "int8", "llava float32")
     assert "llama.cpp Q8_0 is left out: it is not installed; run: pip install llama-cpp-python gguf" in printed.err
     assert "transformers float32 is left out: it is not installed; run: pip install transformers" in printed.err
-    assert "| | llava float32 | llava int8 |" in printed.out
+    assert "| llava float32 | llava int8 |" in printed.out
 
 
 def test_a_contender_that_does_not_fit_into_memory_is_left_out_with_a_reason(monkeypatch, capsys):
     monkeypatch.setattr(bench, "free_memory", lambda device: 16 * 10**9)
-    small = ["llava bfloat16", "llava float16", "llava int8", "transformers bfloat16"]
-    assert bench.find_contenders(None, "7b") == small
+    small = ["llava bfloat16", "llava float16", "llava int8", "llava int4", "transformers bfloat16"]
+    assert bench.find_contenders([], "7b") == small
     error = capsys.readouterr().err
     assert "llava float32 is left out: it needs about 29.3 GB of memory, and 16.0 GB are free" in error
 
@@ -124,7 +135,7 @@ def test_weights_that_do_not_fit_on_the_disk_end_in_a_sentence(call, monkeypatch
 
 def test_13b_has_only_the_plan(call):
     printed = call("--shape", "13b")
-    assert "| 13b: weights + cache of 1000 tokens | 53.41 + 1.64 | 26.70 + 0.82 | 14.02 + 1.64 |" in printed.out
+    assert "| 13b: weights + cache of 1000 tokens | 53.41 + 1.64 | 26.70 + 0.82 | 18.85 + 1.64 |" in printed.out
     assert bench.TABLES["speed"] not in printed.out and "writing" not in printed.err
 
 
@@ -158,12 +169,21 @@ def test_shape_7b_works_with_shards_and_another_folder(call, tmp_path, monkeypat
     monkeypatch.setattr(bench, "measure_alone", watched)
     printed = call("--shape", "7b", "--tables", "speed", "--folder", tmp_path)
     assert files == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert "| | llava bfloat16 | llava float16 | llava int8 | transformers bfloat16 |" in printed.out
+    assert "| llava bfloat16 | llava float16 | llava int8 | llava int4 | transformers bfloat16 |" in printed.out
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    "name", ["llava float32", "llava float16", "transformers bfloat16", "llava int8", "llama.cpp Q8_0"]
+    "name",
+    [
+        "llava float32",
+        "llava float16",
+        "transformers bfloat16",
+        "llava int8",
+        "llava int4",
+        "llama.cpp Q8_0",
+        "llama.cpp Q4_0",
+    ],
 )
 def test_the_figures_at_best_count_the_work_of_each_contender(name):
     ones = {f"{kind}: {figure}": 1 for kind in limits.KINDS for figure in (limits.GB_S, limits.GFLOP_S)}
@@ -171,7 +191,8 @@ def test_the_figures_at_best_count_the_work_of_each_contender(name):
     layer, head = 4 * 128 * 128 + 3 * 128 * 256, 448 * 128
     sizes = {"llava float32": 4 * (4 * layer + head), "transformers bfloat16": 2 * (4 * layer + head)}
     sizes |= {"llava float16": 2 * (4 * layer + head)}
-    sizes |= {"llava int8": 4 * layer + 4 * head, "llama.cpp Q8_0": (4 * layer + head) * 34 / 32}
+    sizes |= {"llava int8": 4 * layer + 4 * head, "llava int4": 4 * layer / 2 + head}
+    sizes |= {"llama.cpp Q8_0": (4 * layer + head) * 34 / 32, "llama.cpp Q4_0": (4 * layer * 18 + head * 34) / 32}
     assert best[bench.SPEED] == pytest.approx(1e9 / sizes[name])
     text = 2 * (600 * 4 * layer + head) + 4 * 4 * 600 * 600 * 128
     mlp = 3 * 128 * 256
@@ -188,14 +209,46 @@ def test_the_figures_at_best_count_the_work_of_each_contender(name):
     assert best[bench.FIRST] == pytest.approx((image + text) / 1e9)
 
 
-def test_int8_has_limits_without_an_int8_kernel_too(monkeypatch):
-    monkeypatch.setattr(limits, "products_of_bytes", lambda: False)
+def test_quantised_weights_have_limits_without_onnx_runtime_too(monkeypatch):
+    monkeypatch.setattr(matmul, "is_installed", lambda: False)
     found = limits.machine_limits(128, 256, layers=4)
     assert found.keys() == {f"{kind}: {figure}" for kind in limits.KINDS for figure in (limits.GB_S, limits.GFLOP_S)}
     assert all(limit > 0 for limit in found.values())
 
 
+def test_contenders_are_chosen_by_words_in_their_names(monkeypatch, capsys):
+    assert bench.find_contenders([], "tiny") == CPU_CONTENDERS
+    assert bench.find_contenders(["int4", "transformers b"], "tiny") == ["llava int4", "transformers bfloat16"]
+
+
+def test_a_word_in_no_name_ends_in_the_names(call):
+    with pytest.raises(SystemExit, match="there is no contender to measure; their names are llava float32, llava b"):
+        call("--tables", "speed", "--only", "int3")
+
+
+def test_the_speed_of_each_peer_is_divided_out():
+    results = {
+        "llava int4": {bench.FIRST: [1.0, 9.0, 2.0], bench.SPEED: [30.0]},
+        "llama.cpp Q4_0": {bench.FIRST: [3.0], bench.SPEED: [20.0]},
+    }
+    rows = {"llama.cpp Q4_0: first token": "1.50", "llama.cpp Q4_0: decoding": "1.50"}
+    assert bench.ratios(results) == {"llava int4": rows}
+
+
 # The files it writes
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@torch.no_grad()
+def test_the_compact_checkpoint_loads_and_answers(quantize, tmp_path):
+    write_large_checkpoint(tmp_path, bench.meta_model("tiny", quantize=quantize))
+    ours = LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert ours.config.quantize == quantize
+    weight = ours.language_model.model.layers[0].mlp.up_proj.dequantized()
+    assert weight.mean().item() == pytest.approx(0, abs=0.01) and weight.std().item() == pytest.approx(
+        128**-0.5, rel=0.1
+    )
+    assert ours.generate(torch.randint(300, 400, (1, 20)), max_new_tokens=40).shape == (1, 60)  # no answer ends early
 
 
 def test_the_checkpoint_loads_here_and_in_transformers(tmp_path, monkeypatch, check):
@@ -235,11 +288,13 @@ def test_writing_needs_memory_for_one_tensor_at_a_time(tmp_path, request):
     assert peak < 6 * largest + 60e6 < 2 * total  # the largest tensor in 32 and in 16 bits, and the libraries
 
 
-def test_the_gguf_file_has_everything_that_llama_cpp_needs(tmp_path):
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+def test_the_gguf_file_has_everything_that_llama_cpp_needs(kind, tmp_path):
     gguf = pytest.importorskip("gguf")
     model = bench.meta_model("tiny")
-    write_gguf(tmp_path / "model.gguf", model)
-    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    file = tmp_path / ("int8.gguf" if kind == "Q8_0" else "int4.gguf")
+    write_gguf(file, model, kind)
+    reader = gguf.GGUFReader(file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["general.architecture"] == "llama"
     sizes = {"block_count": 4, "embedding_length": 128, "feed_forward_length": 256, "attention.head_count_kv": 8}
@@ -248,9 +303,9 @@ def test_the_gguf_file_has_everything_that_llama_cpp_needs(tmp_path):
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert len(tensors) == len(list(model.language_model.parameters()))
     up = tensors["blk.3.ffn_up.weight"]
-    assert up.tensor_type == gguf.GGMLQuantizationType.Q8_0 and up.shape.tolist() == [128, 256]  # rows last
+    assert up.tensor_type == gguf.GGMLQuantizationType[kind] and up.shape.tolist() == [128, 256]  # rows last
     weights = gguf.quants.dequantize(up.data, up.tensor_type)
     assert weights.shape == (256, 128) and np.isfinite(weights).all()
     assert weights.std() == pytest.approx(128**-0.5, rel=0.05)
     if importlib.util.find_spec("llama_cpp"):
-        bench.measure("llama.cpp Q8_0", "speed", "tiny", str(tmp_path), 3)
+        bench.measure(f"llama.cpp {kind}", "speed", "tiny", str(tmp_path), 3)

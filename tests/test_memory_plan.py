@@ -47,8 +47,8 @@ GB = 10**9
 SENTENCES = {
     "every option that fits": (
         (20, "auto", None),
-        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --dtype bfloat16 \(15\.2 GB in all"
-        r"\) or --quantize int8 \(11\.7 GB in all\) or --dtype bfloat16 --quantize int8 \(10\.9 GB in all\) or "
+        r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --dtype bfloat16 \(15\.2 GB in "
+        r"all\) or --quantize int8 \(11\.7 GB in all\) or --dtype bfloat16 --quantize int8 \(10\.9 GB in all\) or "
         r"--quantize int4 \(7\.5 GB in all\) or --dtype bfloat16 --quantize int4 \(7\.0 GB in all\)$",
     ),
     "only options that fit": (
