@@ -241,7 +241,7 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     for layer_name, layer in meta_model(shape, dtype, None if is_peer else quantize).language_model.named_modules():
         if isinstance(layer, CompactLinear):
             token += layer.weight.nbytes / limits[f"int{layer.bits}: {GB_S}"] / 1e9
-        elif isinstance(layer, torch.nn.Linear) and ".zero" not in layer_name:
+        elif isinstance(layer, torch.nn.Linear):
             theirs = "int8" if layer_name == "lm_head" else quantize
             kind = str(theirs if is_peer else layer.weight.dtype).removeprefix("torch.")
             size = layer.weight.numel() * (BLOCK_BYTES[kind] if is_peer else layer.weight.itemsize)

@@ -160,11 +160,8 @@ class LlavaForConditionalGeneration(nn.Module):
             cache.padding = padding
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         decoder, states = self.language_model.model, None
-        is_token = cache is not None and input_ids.shape[1] == 1
-        with (
-            torch.set_grad_enabled(torch.is_grad_enabled() and cache is None),
-            single_thread(is_token and self.config.quantize is not None),
-        ):
+        gradients = torch.is_grad_enabled() and cache is None
+        with torch.set_grad_enabled(gradients), single_thread(self.config.quantize is not None and not gradients):
             embeddings = self.embed(input_ids, pixel_values)  # (B, T, D)
             if output_hidden_states:
                 hidden, states = with_hidden_states(decoder, embeddings, cache, padding)

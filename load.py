@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from extras.machine import keep_freed_memory
-from extras.quantize import CompactLinear, refuse_nan
+from extras.quantize import CompactLinear, pack, refuse_nan
 from extras.weight_files import find_files
 
 # The layouts of tensor names: (prefix in the file, our prefix), replaced in this order. Our names are those that
@@ -135,8 +135,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
             assign(model, name, tensor.to(device=device, dtype=parameter.dtype))
     if compact := [module for module in model.modules() if isinstance(module, CompactLinear)]:
         refuse_nan(model)
-    for module in compact:
-        module.prepare()
+        pack(compact)
     if device.type == "cpu":
         keep_freed_memory()
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from extras.quantize import CompactLinear, FloatLinear, HalfLinear, computes_in, multiply_floats
+from extras.quantize import CompactLinear, FloatLinear, HalfLinear, computes_in, multiply_floats, pack
 
 PROMPT = 600  # tokens: 576 of an image, and a question
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 0.5}  # per weight
@@ -83,7 +83,7 @@ def products(kind: str, width: int, wide: int, count: int) -> tuple[list[Callabl
         compact = [CompactLinear(width, wide, False, int(kind[3:]), 32 if kind == "int8" else 64) for _ in range(count)]
         for layer in compact:
             layer.weight.random_(0, 256), layer.scale.fill_(1)
-            layer.prepare()
+        pack(compact)
         kernels = [layer.multiply or layer.product for layer in compact]
         return [partial(kernel, x[:1]) for kernel in kernels], partial(kernels[0], x)
     dtype = getattr(torch, kind)

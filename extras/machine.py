@@ -107,7 +107,10 @@ def keep_freed_memory() -> None:
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD: blocks above 32 MiB are mostly returned at once
 
 
-def return_freed_memory() -> None:
-    """Makes glibc return all freed memory to Linux, after work that has freed much of it."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
+def map_large_blocks() -> None:
+    """Makes glibc return freed blocks above 64 KiB to Linux at once, until `keep_freed_memory`.
+
+    Blocks that stay between those of a temporary use would otherwise leave holes, and later work would fill them all.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-3, 2**16)  # M_MMAP_THRESHOLD

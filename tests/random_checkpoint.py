@@ -93,7 +93,7 @@ def random_weights(name: str, shape: torch.Size) -> Tensor:
 
 def random_tensor(model: LlavaForConditionalGeneration, name: str) -> Tensor:
     """What is stored under this name: random weights in float16, or the codes, scales and zeros of a compact layer."""
-    parameter, path = model.get_parameter(name), name.rpartition(".")[0].removesuffix(".zero")
+    parameter, path = model.get_parameter(name), name.rpartition(".")[0]
     layer = model.get_submodule(path)
     if not isinstance(layer, CompactLinear) or name == f"{path}.bias":
         return random_weights(name, parameter.shape).half()
@@ -107,7 +107,7 @@ def random_tensor(model: LlavaForConditionalGeneration, name: str) -> Tensor:
     return torch.full(parameter.shape, scale if name == f"{path}.scale" else scale / 2, dtype=parameter.dtype)
 
 
-DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}
 
 
 def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -> None:
@@ -119,7 +119,7 @@ def write_large_checkpoint(folder: Path, model: LlavaForConditionalGeneration) -
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, parameter in model.named_parameters():
-        compact = isinstance(model.get_submodule(name.rpartition(".")[0].removesuffix(".zero")), CompactLinear)
+        compact = isinstance(model.get_submodule(name.rpartition(".")[0]), CompactLinear)
         stored = parameter if compact and not name.endswith(".bias") else parameter.half()
         if filled + stored.nbytes > SHARD_BYTES:
             shards, filled = [*shards, {}], 0

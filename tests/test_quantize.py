@@ -183,7 +183,7 @@ def test_4_bits_keep_groups_of_equal_weights(value, check):
     weight = torch.full((3, 64), value)
     layer = CompactLinear(64, 3, bits=4)
     layer.load_weight(weight)
-    assert (layer.dequantized() - weight).abs().max() <= abs(value) * 2**-8  # zeros are stored in bfloat16
+    assert (layer.dequantized() - weight).abs().max() <= abs(value) * 1e-6
 
 
 @torch.no_grad()
@@ -358,7 +358,7 @@ def test_other_quantised_checkpoints_are_refused_in_a_sentence(name, checkpoint,
 LAYER = "language_model.model.layers.0.mlp.up_proj"
 DAMAGE = {
     "a missing scale": (lambda t: t.pop(f"{LAYER}.scale"), f"missing: {LAYER}.scale"),
-    "a missing zero": (lambda t: t.pop(f"{LAYER}.zero.weight"), f"missing: {LAYER}.zero.weight"),
+    "a missing zero": (lambda t: t.pop(f"{LAYER}.zero"), f"missing: {LAYER}.zero"),
     "other groups": (
         lambda t: t.update({f"{LAYER}.scale": torch.ones(160, 2)}),
         rf"wrong shape: {LAYER}.scale is \(160, 2\), but \(160, 1\)",
