@@ -40,24 +40,14 @@ export function loadModel(buffer) {
   return model;
 }
 
-/**
- * Encodes a conversation as `LlamaTokenizer.encode_chat` does, and repeats each `<image>` once per patch.
- * @param {object} model
- * @param {[string, string | null][]} turns questions and answers; an answer of null is to be generated
- * @param {{system?: string, continued?: boolean}} options
- * @returns {{ids: Int32Array, pieces: string[], isImage: boolean[]}}
- */
-export function encodeChat(model, turns, options = {}) {
+/** Encodes a question, with each `<image>` repeated once per patch -> {ids (T), pieces (T), isImage (T)}. */
+export function encodePrompt(model, question) {
   const { image_token_index, vision_config } = model.config;
   const patches = Math.floor(vision_config.image_size / vision_config.patch_size) ** 2;
-  const ids = model.tokenizer
-    .encodeChat(turns, options)
-    .flatMap((id) => (id === image_token_index ? Array(patches).fill(id) : [id]));
-  return {
-    ids: Int32Array.from(ids),
-    pieces: model.tokenizer.convertIdsToTokens(ids),
-    isImage: ids.map((id) => id === image_token_index),
-  };
+  const repeated = (id) => (id === image_token_index ? Array(patches).fill(id) : [id]);
+  const ids = model.tokenizer.encodePrompt(question).flatMap(repeated);
+  const isImage = ids.map((id) => id === image_token_index);
+  return { ids: Int32Array.from(ids), pieces: model.tokenizer.convertIdsToTokens(ids), isImage };
 }
 
 /**
@@ -119,15 +109,13 @@ function* generateStream(model, prompt, features, request) {
  * @returns {{lens: {piece: string, probability: number}[][][], logits: Float32Array}} as in a trace
  */
 function logitLens(model, hiddenStates) {
-  const { text_config } = model.config;
+  const { hidden_size, vocab_size, rms_norm_eps } = model.config.text_config;
   const { model: decoder, lm_head } = model.language_model;
   let logits;
   const lens = hiddenStates.map((x) => {
-    logits = linear(rmsNorm(x, decoder.norm, text_config.rms_norm_eps), lm_head); // (T, V); in the end the model's own
-    return Array.from({ length: x.length / text_config.hidden_size }, (_, t) => {
-      const row = logits.subarray(t * text_config.vocab_size, (t + 1) * text_config.vocab_size);
-      return mostLikely(model, row);
-    });
+    logits = linear(rmsNorm(x, decoder.norm, rms_norm_eps), lm_head); // (T, V); in the end the model's own
+    const row = (_, t) => mostLikely(model, logits.subarray(t * vocab_size, (t + 1) * vocab_size));
+    return Array.from({ length: x.length / hidden_size }, row);
   });
   return { lens, logits };
 }
@@ -141,6 +129,18 @@ function mostLikely(model, logits) {
     probabilities[id] = -1;
     return { piece: model.tokenizer.convertIdsToTokens([id])[0], probability };
   });
+}
+
+/**
+ * The probabilities (V) of the token after `ids` (T), with given image features (P, D). The interventions are those of
+ * `answer` on the decoder.
+ */
+export function nextToken(model, { ids, features, interventions }) {
+  const { text_config } = model.config;
+  const { model: decoder, lm_head } = model.language_model;
+  const cache = new KVCache(text_config, ids.length);
+  const { hidden } = llamaModel(embed(model, ids, features), decoder, text_config, cache, interventions);
+  return { probabilities: softmax(linear(hidden.subarray(-text_config.hidden_size), lm_head)) };
 }
 
 /** Throws an Error, in one sentence, unless the prompt has one image and leaves room for an answer. */
@@ -188,7 +188,7 @@ export function answer(model, request, onToken = () => {}) {
 
   let question = request.question + (short ? SHORT_ANSWER : "");
   if (!question.includes(IMAGE_TOKEN)) question = `${IMAGE_TOKEN}\n${question}`;
-  const prompt = encodeChat(model, [[question, null]]);
+  const prompt = encodePrompt(model, question);
   check(model, prompt, features);
   const generated = [];
   for (const id of generateStream(model, prompt.ids, features, request)) {

@@ -1,5 +1,5 @@
 /**
- * The tokenizer: text to token ids and back, and the chat prompt that LLaVA was trained on. The counterpart of
+ * The tokenizer: text to token ids and back, and the prompt of a question, as LLaVA was trained on it. The counterpart of
  * tokenizer.py, with SentencePiece's BPE, which Python leaves to the sentencepiece library.
  *
  *     "What is this?" -> "▁What▁is▁this?" -> characters, merged in pairs into pieces -> ids
@@ -35,29 +35,13 @@ export class LlamaTokenizer {
   // From text to ids
 
   /**
-   * Encodes a conversation in the format that LLaVA-1.5 was trained on:
-   *
-   *     <s>{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
-   *
-   * Typed text never becomes a control token, except `<image>` in a question.
-   * @param {[string, string | null][]} turns questions and answers; after an answer of null the prompt ends at
-   *     "ASSISTANT:"
-   * @param {{system?: string, continued?: boolean}} options a system prompt; whether the turns follow an earlier `</s>`
-   * @returns {number[]} the ids, with one `<image>` for each in the questions
+   * Encodes a question as `encode_chat` does: "<s>USER: {question} ASSISTANT:" -> ids, with one `<image>` for each in
+   * the question. Nothing else that is typed becomes a control token.
    */
-  encodeChat(turns, { system = "", continued = false } = {}) {
-    const { addBosToken, bosTokenId, eosTokenId, image_token_index } = this.config;
-    const ids = addBosToken && !continued ? [bosTokenId] : [];
-    let lead = system ? `${system} ` : "";
-    for (const [question, answer] of turns) {
-      const segments = `${lead}USER: ${question} ASSISTANT:`.split(IMAGE_TOKEN);
-      lead = "";
-      const rest = segments.pop();
-      for (const segment of segments) ids.push(...this.encodePlain(segment), image_token_index);
-      ids.push(...this.encodePlain(answer === null ? rest : `${rest} ${answer}`));
-      if (answer !== null) ids.push(eosTokenId);
-    }
-    return ids;
+  encodePrompt(question) {
+    const { addBosToken, bosTokenId, image_token_index } = this.config;
+    const [first, ...rest] = `USER: ${question} ASSISTANT:`.split(IMAGE_TOKEN).map((text) => this.encodePlain(text));
+    return [...(addBosToken ? [bosTokenId] : []), ...first, ...rest.flatMap((ids) => [image_token_index, ...ids])];
   }
 
   /** SentencePiece's encoding of plain text: a space in front, then BPE. Text -> ids. */
