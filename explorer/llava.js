@@ -18,11 +18,9 @@ import { IMAGE_TOKEN, LlamaTokenizer, SHORT_ANSWER } from "./tokenizer.js";
 import { clipVisionModel, toPatches } from "./vision.js";
 
 /**
- * Reads model.bin, as export.py writes it: the length of the header (4 bytes), the header in JSON, the weights.
- *
- * The header is {config, tensors: {name: {shape, offset}}}. The weights are float16, and `offset` counts numbers.
- * @param {ArrayBuffer} buffer the content of the file
- * @returns {object} the model: {config, tokenizer, vision_tower, multi_modal_projector, language_model}
+ * Reads model.bin, as export.py writes it: the length of the header (4 bytes), the header in JSON, {config, tensors:
+ * {name: {shape, offset}}}, and the weights in float16, whose `offset` counts numbers -> the model: {config, tokenizer,
+ * vision_tower, multi_modal_projector, language_model}
  */
 export function loadModel(buffer) {
   const start = 4 + new DataView(buffer).getUint32(0, true);
@@ -152,25 +150,12 @@ function check(model, { ids, isImage }, features) {
 }
 
 /**
- * Answers a question about an image.
+ * Answers a question about an image, {pixels (3, S, S), question}, and returns a trace. The request may also have
+ * `short`, whether to ask for a single word or phrase; `temperature`, `topK`, `topP` and the `seed` of sampling;
+ * `maxNewTokens`; and `interventions`: `hiddenPatches` are painted in the mean colour, `imageFeatures` from another
+ * trace replace those of the image, `zeroHeads` and `skipLayers` are those of `llamaModel`.
  *
- * Interventions: `hiddenPatches` are painted in the mean colour; the output of each decoder head in `zeroHeads` is
- * zeroed before o_proj; each decoder layer in `skipLayers` returns its input; `imageFeatures`, from another trace,
- * replace those of the image.
- * @param {object} model
- * @param {object} request
- * @param {Float32Array} request.pixels (3, 96, 96), from `imageProcessor`
- * @param {string} request.question
- * @param {boolean} [request.short] whether to ask for a single word or phrase
- * @param {number} [request.temperature] 0 is greedy decoding
- * @param {number} [request.topK] sample from the k most likely tokens
- * @param {number} [request.topP] sample from the most likely tokens that together reach probability p
- * @param {number} [request.seed] of the sampling
- * @param {number} [request.maxNewTokens]
- * @param {{hiddenPatches?: number[], zeroHeads?: {layer: number, head: number}[], skipLayers?: number[],
- *          imageFeatures?: Float32Array}} [request.interventions]
- * @param {(token: {id: number, piece: string, text: string}) => void} [onToken] called with each generated token and
- *     the text of the answer so far
+ * @param {(token: {id, piece, text}) => void} [onToken] called with each generated token and the answer so far
  * @returns {object} the trace:
  *     ids Int32Array (T), pieces string[] (T), isImage boolean[] (T): the whole sequence, prompt and answer;
  *     answerStart: the position of the first generated token; text: the answer;

@@ -17,16 +17,8 @@ import { imageProcessor } from "./vision.js";
 import { COLOURS, SHAPES, SIZES } from "./world.js";
 
 const find = (id) => document.getElementById(id);
-const PANELS = {
-  picture: picturePanel,
-  patches: patchesPanel,
-  tower: towerPanel,
-  features: featuresPanel,
-  sequence: sequencePanel,
-  layers: layersPanel,
-  distribution: distributionPanel,
-  word: wordPanel,
-};
+const VISION = { picture: picturePanel, patches: patchesPanel, tower: towerPanel, features: featuresPanel };
+const LANGUAGE = { sequence: sequencePanel, layers: layersPanel, distribution: distributionPanel, word: wordPanel };
 // The words that an answer hangs on: the first of them that the question does not say is the one to look at.
 const OTHERS = "no one two three top middle bottom left centre right yes nothing none".split(" ");
 const TELLING = [...Object.keys(COLOURS), ...SHAPES, ...Object.keys(SIZES), ...OTHERS];
@@ -44,14 +36,7 @@ const app = {
   towerView: null, // the attention that is shown large, {layer, head}; head null: the average of the heads
   view: null, // the same in the decoder; null: where the next word becomes readable
   sampling: { temperature: 1, topK: 21, topP: 1 },
-  changes: {
-    hiddenPatches: new Set(),
-    zeroHeads: new Set(),
-    skipLayers: new Set(),
-    kept: null,
-    keptPicture: null,
-    swap: false,
-  },
+  changes: { hiddenPatches: new Set(), zeroHeads: new Set(), skipLayers: new Set(), kept: null, swap: false },
   show,
   answer,
   ask,
@@ -144,7 +129,7 @@ async function answerOnce() {
   const unchanged = changes ? await ask({ pixels, interventions: {} }) : trace;
 
   draw(rgba, side, hidden);
-  app.tokenPicture = app.changes.swap ? app.changes.keptPicture : app.seen;
+  app.tokenPicture = app.changes.swap ? app.keptPicture : app.seen;
   // A position that the reader chose in the answer stays the same word of the answer.
   if (app.picked && app.selected >= app.trace.answerStart) app.selected += trace.answerStart - app.trace.answerStart;
   app.selected = app.picked ? Math.min(app.selected, trace.ids.length - 1) : tellingPosition(trace);
@@ -154,6 +139,7 @@ async function answerOnce() {
   const count = trace.ids.length - trace.answerStart;
   find("status").textContent = `${count} token${count === 1 ? "" : "s"} in ${seconds.toFixed(2)} s, on this machine.`;
   find("changes").toggleAttribute("data-none", !changes);
+  find("undo").disabled = !changes;
   find("change-list").textContent = changes ? `Changed: ${changes}.` : unchangedText;
   find("baseline").textContent = unchanged.text;
   const now = [`${find("question").value} `, element("strong", {}, trace.text)];
@@ -263,7 +249,7 @@ async function main() {
   app.towerView = { layer: app.featureLayer - 1, head: null };
   showStages = createStages(app);
   await answer(true);
-  for (const [name, make] of Object.entries(PANELS)) {
+  for (const [name, make] of Object.entries({ ...VISION, ...LANGUAGE })) {
     panels[name] = make(app);
     find(`panel-${name}`).append(element("div", { class: "figure" }, ...panels[name].nodes));
   }

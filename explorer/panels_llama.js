@@ -100,7 +100,7 @@ export function layersPanel(app) {
   const table = headTable({
     layers,
     heads,
-    titles: ["Heads: where the token looks, and the share of it that is on the picture", "Next word, if it ended here"],
+    titles: ["Heads: where the token looks, with the share of its attention that is on the picture", "Next word, if it ended here"],
     label: (i) => (i ? [layerToggles[i - 1].node, `Layer ${i}`] : ["Embeddings"]),
     foot: (layer, head) => [element("span", {}, headToggles[layer][head].node, headToggles[layer][head].share)],
     end: (i) => lenses[i],

@@ -147,8 +147,8 @@ export function featuresPanel(app) {
   const kept = canvas(96, 96, "the scene whose tokens were kept");
   const keep = button("Keep the tokens of this scene", () => {
     changes.kept = app.trace.features;
-    changes.keptPicture = canvas(app.picture.width, app.picture.width);
-    for (const copy of [changes.keptPicture, kept]) spotlight(copy, app.seen);
+    app.keptPicture = canvas(app.picture.width, app.picture.width);
+    for (const copy of [app.keptPicture, kept]) spotlight(copy, app.seen);
     update();
   });
   const swap = checkbox("Use the kept tokens", (checked) => {

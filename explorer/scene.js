@@ -16,20 +16,12 @@ const MOST = 6; // things in a scene
 /** A small drawing of a shape for the buttons. */
 function icon(shape) {
   const path = shape === "circle" ? "M2 10a8 8 0 1 0 16 0a8 8 0 1 0-16 0Z" : `M${outline(shape, 10, 10, 8).join("L")}Z`;
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 20 20");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
-  svg.firstChild.setAttribute("d", path);
-  return svg;
+  const holder = element("span");
+  holder.innerHTML = `<svg viewBox="0 0 20 20" aria-hidden="true"><path d="${path}"/></svg>`;
+  return holder.firstChild;
 }
 
-/**
- * Makes the editor out of the elements of index.html.
- *
- * @param {(changed: "things" | "places") => void} onChange called after each change of what is there or of where it is
- * @returns {{things: object[], picture: (side: number) => Uint8ClampedArray}}
- */
+/** Makes the editor. onChange("things" or "places") is called after each change of what is there or of where it is. */
 export function createScene(onChange) {
   const find = (id) => document.getElementById(id);
   const view = find("view");
@@ -184,7 +176,10 @@ export function createScene(onChange) {
     const name = ({ colour, shape }) => `${colour} ${shape}`;
     const astray = things.find(({ x, y }) => [x, y].some((place) => Math.abs(place - middle(place)) > 6));
     if (astray)
-      return `The ${name(astray)} lies between the cells of the 3 × 3 grid, where no training picture has a shape: the answer may be wrong.`;
+      return (
+        `The ${name(astray)} lies between the cells of the 3 × 3 grid, where no training picture has a shape: ` +
+        "the answer may be wrong."
+      );
     if (new Set(things.map(cell)).size < things.length)
       return "Two shapes are in the same cell, as in no training picture: the answer may be wrong.";
     if (things.length > 3) return "The model has never seen more than three things. See what it makes of these.";

@@ -59,11 +59,15 @@ const thumbs = Object.fromEntries(STAGES.map(({ name, thumb }) => [name, thumb])
 /** Adds the stages and their closed panels to `way`; pressing a stage calls onOpen(name). */
 export function buildStages(way, onOpen) {
   const span = (name, ...content) => element("span", { class: name }, ...content);
-  for (const { name, title, thumb, file, code, about, question } of STAGES) {
+  for (const [i, { name, title, thumb, file, code, about, question }] of STAGES.entries()) {
     const parts = [span("name", title), span("thumb", thumb), span("size")];
-    const stage = button("", () => onOpen(name), { class: "stage", id: `stage-${name}`, "aria-controls": `panel-${name}` });
+    const attributes = { class: "stage", id: `stage-${name}`, "aria-controls": `panel-${name}` };
+    const stage = button("", () => onOpen(name), attributes);
     stage.append(...parts);
-    const source = element("p", { class: "code" }, element("a", { href: `../${file}` }, file), element("code", {}, code));
+    stage.style.gridColumn = i + 1; // of the figure, where there is room for all side by side
+    const names = code.split(".").flatMap((part, i) => (i ? [".", element("wbr"), part] : [part]));
+    const link = element("a", { href: `../${file}` }, file);
+    const source = element("p", { class: "code" }, link, element("code", {}, ...names));
     const text = div("about", element("p", {}, about), source, element("p", { class: "try" }, question));
     const panel = { class: "panel", id: `panel-${name}`, hidden: "", "aria-labelledby": `stage-${name}` };
     way.append(stage, element("section", panel, text));
@@ -101,7 +105,7 @@ export function createStages(app) {
     children(thumbs.distribution, most.length, span).forEach((bar, i) => bar.style.setProperty("--value", most[i]));
     const [next, before] = thumbs.word.children;
     next.textContent = word(last.piece);
-    before.textContent = trace.isImage[selected] ? "after an image token" : `after “${word(trace.pieces[selected])}”`;
+    before.textContent = `after ${trace.isImage[selected] ? "an image token" : `“${word(trace.pieces[selected])}”`}`;
 
     const sizes = {
       picture: `${picture.width} × ${picture.width} × 3`,

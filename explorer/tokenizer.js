@@ -17,11 +17,7 @@ const NORMAL = 1; // SentencePiece's number for the type of a piece that is text
 const BYTE = 6; // "<0x00>" to "<0xFF>"
 
 export class LlamaTokenizer {
-  /**
-   * @param {object} config of model.bin: `pieces` (the texts of the vocabulary by id, SentencePiece's pieces first,
-   *     then the added tokens), `pieceScores` and `pieceTypes` (SentencePiece's only), `addBosToken`, `bosTokenId`,
-   *     `eosTokenId`, `skippedIds`
-   */
+  /** The config of model.bin has the texts of the vocabulary, SentencePiece's first, with their scores and types. */
   constructor(config) {
     this.config = config;
     this.scores = new Map(); // text of each piece that text may contain -> its score

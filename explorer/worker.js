@@ -1,12 +1,11 @@
 /**
  * The Web Worker around llava.js: the model computes here, so that the page stays responsive.
  *
- *     {id, call: "load", buffer}        -> {id, config}, where buffer is the content of model.bin
- *     {id, call: "answer", ...request}  -> {id, token} for each token, then {id, ...trace}
- *     {id, call: "nextToken", ids, ...} -> {id, probabilities}
+ *     {id, call: "load", buffer}         -> {id, config}, where buffer is the content of model.bin
+ *     {id, call: "answer", ...request}   -> {id, token} for each token, then {id, ...trace}
+ *     {id, call: "nextToken", ...}       -> {id, probabilities}
  *
- * `id` is chosen by the page and returned with every reply. A call that fails gets {id, error}, a sentence. What is in
- * a request, a token and a trace, says llava.js.
+ * `id` is chosen by the page and returned with every reply. A call that fails gets {id, error}, a sentence.
  */
 
 import { answer, loadModel, nextToken } from "./llava.js";

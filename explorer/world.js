@@ -6,7 +6,7 @@
  * A thing is {colour, shape, size, x, y, radius, tint}. Unlike in Python it may be anywhere: x and y go from 0 to 96.
  */
 
-import { element } from "./figures.js";
+import { canvas } from "./figures.js";
 
 export const COLOURS = {
   red: [214, 39, 40],
@@ -106,16 +106,16 @@ export function groundCanvas(corners) {
     const [top, bottom] = [mix(corners[0][c], corners[1][c], x), mix(corners[2][c], corners[3][c], x)];
     image.data[i] = c === 3 ? 255 : Math.round(mix(top, bottom, y));
   }
-  const canvas = element("canvas", { width, height: width });
-  canvas.getContext("2d").putImageData(image, 0, 0);
-  return canvas;
+  const ground = canvas(width, width);
+  ground.getContext("2d").putImageData(image, 0, 0);
+  return ground;
 }
 
 /** Draws ground and things onto a square canvas. */
-export function paint(canvas, ground, things) {
-  const context = canvas.getContext("2d");
-  const scale = canvas.width / SIDE;
-  context.drawImage(ground, 0, 0, canvas.width, canvas.width);
+export function paint(target, ground, things) {
+  const context = target.getContext("2d");
+  const scale = target.width / SIDE;
+  context.drawImage(ground, 0, 0, target.width, target.width);
   for (const { shape, x, y, radius, tint } of things) {
     context.fillStyle = `rgb(${tint})`;
     context.beginPath();
@@ -125,17 +125,12 @@ export function paint(canvas, ground, things) {
   }
 }
 
-/**
- * The picture that the model sees: drawn larger and then reduced, which smooths the edges.
- * @param {number} side in pixels
- * @param {(canvas: HTMLCanvasElement) => void} draw such as `paint`
- * @returns {Uint8ClampedArray} RGBA (side, side, 4)
- */
+/** What draw(canvas) draws, as the model gets it: drawn larger and then reduced, which smooths the edges. RGBA. */
 export function picture(side, draw) {
   const width = FINE * side;
-  const canvas = element("canvas", { width, height: width });
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  draw(canvas);
+  const large = canvas(width, width);
+  const context = large.getContext("2d", { willReadFrequently: true });
+  draw(large);
   const fine = context.getImageData(0, 0, width, width).data;
   const sums = new Float32Array(4 * side * side);
   for (let i = 0; i < fine.length; i++) {

@@ -294,7 +294,7 @@ def test_vision_panels(open_page, server, judge):
     assert page.text_content("#baseline") == first
     assert panel.locator(".echo").text_content() == f"{question} {blind} Without the changes: {first}"
     assert answered(page, lambda: page.click("#undo")) == first
-    assert page.is_hidden("#undo")
+    assert page.is_disabled("#undo")
 
     panel = open_stage(page, "tower")
     heads = panel.locator(".mini canvas").first
