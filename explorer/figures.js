@@ -217,11 +217,10 @@ export function patchGrid(label, onPick) {
  * A row for each layer, with a small picture for each head, which shows where it looks and chooses it for the large
  * one. Row 0 stands for the embeddings, which have no heads.
  *
- * @param {{layers: number, heads: number, titles: string[], label: (i) => Node[], end: (i) => Node,
- *     foot?: (layer, head) => Node[], onView: (view: {layer, head: number | null}) => void}} parts what stands before,
- *     behind and below the heads
- * @returns {{nodes: Node[], rows: HTMLElement[], heads: HTMLElement[][], update}} nodes: the caption and the button
- *     for the average of the heads; `update(picture, view, look)`, where look(layer, head) -> weights of the patches
+ * `label(i)`, `end(i)` and `foot(layer, head)` stand before, behind and below the heads. `onView({layer, head})`
+ * is called for another large picture, with the head null for the average of all.
+ * Returns {table, rows, cells, caption, update}, `nodes`: the caption and the button for the average, and
+ * `update(picture, view, look)`, where look(layer, head) -> the weights of the patches.
  */
 export function headTable({ layers, heads, titles, label, end, foot = () => [], onView }) {
   const caption = element("p", { class: "caption" });

@@ -65,7 +65,7 @@ export function sequencePanel(app) {
 }
 
 /** The first layer from which on the logit lens shows the word that is predicted in the end; 0: the embeddings. */
-export function readableFrom({ trace, selected }) {
+function readableFrom({ trace, selected }) {
   const first = trace.lens.map((layer) => layer[selected][0].piece);
   return first.findLastIndex((piece) => piece !== first.at(-1)) + 1;
 }

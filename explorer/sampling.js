@@ -10,7 +10,7 @@ import { argmax, softmax } from "./tensor.js";
  * all but the k most likely tokens, then for all but the smallest set of most likely tokens whose probabilities sum to
  * at least p.
  */
-export function filterLogits(logits, { temperature, topK, topP }) {
+function filterLogits(logits, { temperature, topK, topP }) {
   logits = logits.map((logit) => logit / temperature);
   if (topK) {
     const kth = logits.slice().sort().at(-Math.min(topK, logits.length));

@@ -8,7 +8,7 @@ import { distribution } from "./sampling.js";
 
 const square = () => canvas(192, 192);
 
-export const STAGES = [
+const STAGES = [
   {
     name: "picture", title: "Picture", thumb: square(), file: "vision.py", code: "LlavaImageProcessor.preprocess",
     about: "The model gets three numbers per pixel: red, green and blue. Each is divided by 255 and normalised with the mean and the standard deviation of the images that CLIP, the first vision tower of this kind, was trained on.",
