@@ -19,7 +19,7 @@ export const COLOURS = {
   cyan: [60, 200, 220],
 };
 export const SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "heart"];
-export const SIZES = { small: [8, 9], large: [13, 14] }; // range of the radius in pixels
+export const SIZES = { small: [8, 10], large: [13, 15] }; // range of the radius in pixels
 export const HELD_OUT = ["red star", "blue triangle", "yellow square"]; // in no training picture
 export const SIDE = 96; // the world's coordinates, whatever the size of the canvas
 export const CELL = SIDE / 3; // of the grid, in whose cells the things of the training pictures are

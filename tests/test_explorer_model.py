@@ -19,6 +19,7 @@ from conftest import make_judge
 from PIL import Image
 from random_checkpoint import write_processor_files
 from talk import ask
+from wordings import Voice
 
 import vision
 from extras.tokenizer_files import load_pieces
@@ -130,7 +131,8 @@ def make_questions(number: int) -> list[dict]:
     questions = []
     for i in range(number):
         scene = world.make_scene(rng, number=1 + i % 3)
-        turns = ask(FAMILIES[i % len(FAMILIES)], scene, rng) or ask("caption", scene, rng)
+        voice = Voice(rng)
+        turns = ask(FAMILIES[i % len(FAMILIES)], scene, voice) or ask("caption", scene, voice)
         questions.append({"image": world.draw(scene, rng), "question": turns[0].question, "short": i // 10 % 2 == 1})
     return questions
 

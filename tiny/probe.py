@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import world
-from pretrain import PICTURES, VISION, TowerTraining, make_tokenizer
+from pretrain import PICTURES, VISION, TowerTraining
 
 from vision import CLIPVisionModel
 
@@ -50,9 +50,9 @@ def main() -> None:
     )
     parser.add_argument("--folder", required=True, type=Path, help="folder with tower.state")
     folder = parser.parse_args().folder
-    training = TowerTraining(make_tokenizer(folder))
+    training = TowerTraining()
     training.load_state_dict(torch.load(folder / "tower.state")["model"])
-    tower = training.writer.vision_tower
+    tower = training.vision_tower
 
     def select(found: list[world.Thing], features: Tensor, held_out_colours: bool) -> tuple[Tensor, Tensor]:
         chosen = [i for i, thing in enumerate(found) if (thing.colour in HELD_OUT_COLOURS) == held_out_colours]
