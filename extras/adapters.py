@@ -203,6 +203,12 @@ def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig, image_pr
     write_atomically(folder / WEIGHTS_FILE, lambda part: save_file(tensors, part, {"format": "pt"}))
 
 
+def adapter_bytes(name: str | Path) -> int:
+    """The size of an adapter's weights, in float32 as PEFT writes them; 0 if there are none."""
+    file = find_folder(name) / WEIGHTS_FILE
+    return file.stat().st_size if file.is_file() else 0
+
+
 def image_processor_of(name: str | Path) -> LlavaImageProcessor | None:
     """The image processor that an adapter was trained with, if its folder says so, as those trained here do."""
     folder = find_folder(name)
