@@ -114,6 +114,8 @@ def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in stored.items():
         plain = re.sub(r"\.(modules_to_save|default)(?=\.)", "", name.removeprefix("base_model.model."))
+        if ".base_layer." in plain:  # PEFT adds a copy of the base's head if that has an adapter
+            continue
         found = PARTS.fullmatch(plain)
         if not found or not tensor.is_floating_point():
             raise ValueError(f"{file}: {name} ({tensor.dtype}) is not a tensor of a plain LoRA adapter")
@@ -139,7 +141,7 @@ def make_layer(layer: nn.Module | None, module: str, tensors: dict[str, Tensor],
     shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
     expected: dict[str, tuple[int, ...]] = {"weight": (out, width)}
     if any(part.startswith("lora_") for part in shapes):
-        rank, scaling = config.of_layer((module, their_name(our_name(module))))
+        rank, scaling = config.of_layer((module, their_name(our_name(f"{module}.")[:-1])))
         expected = {"lora_A.weight": (rank, width), "lora_B.weight": (out, rank)}
     elif layer.bias is not None:
         expected["bias"] = (out,)
@@ -151,7 +153,7 @@ def make_layer(layer: nn.Module | None, module: str, tensors: dict[str, Tensor],
     return adapted
 
 
-def load_adapter(model: nn.Module, name: str | Path, base: str | Path | None = None) -> None:
+def load_adapter(model: nn.Module, adapter: str | Path, base: str | Path | None = None) -> None:
     """Puts the adapter in a folder, or in a repository of the Hugging Face hub, into a model.
 
     If the adapter says that it was trained on another base than `base`, that is printed to stderr.
@@ -162,12 +164,13 @@ def load_adapter(model: nn.Module, name: str | Path, base: str | Path | None = N
     """
     if adapted_layers(model):
         raise ValueError("the model already has an adapter: extras.lora.take_out(model) removes it")
-    folder = find_folder(name)
+    folder = find_folder(adapter)
     config, stored = read_config(folder), read_tensors(folder)
     modules, layers, problems = dict(model.named_modules()), {}, []
     for module, tensors in stored.items():
+        name = our_name(f"{module}.").removesuffix(".")
         try:
-            layers[our_name(module)] = make_layer(modules.get(our_name(module)), module, tensors, config)
+            layers[name] = make_layer(modules.get(name), module, tensors, config)
         except ValueError as error:
             problems.append(f"{module}: {error}")
     if "language_model.lm_head" in layers and model.config.tie_word_embeddings:  # type: ignore[union-attr]
@@ -178,11 +181,11 @@ def load_adapter(model: nn.Module, name: str | Path, base: str | Path | None = N
     if problems or not layers:
         more = [f"and {len(problems) - 5} more"] if len(problems) > 5 else []
         reasons = "\n  ".join([*(problems or ["it has no tensors"])[:5], *more])
-        raise ValueError(f"the adapter {name} does not fit the base{f' {base}' if base else ''}:\n  {reasons}")
+        raise ValueError(f"the adapter {adapter} does not fit the base{f' {base}' if base else ''}:\n  {reasons}")
     put_in(model, layers)
     trained_on = config.base_model_name_or_path
     if base and trained_on and trained_on != str(base) and Path(trained_on).resolve() != Path(base).resolve():
-        print(f"{name}: trained on {trained_on}, not on {base}; all shapes are the same", file=sys.stderr)
+        print(f"{adapter}: trained on {trained_on}, not on {base}; all shapes are the same", file=sys.stderr)
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig, image_processor: LlavaImageProcessor) -> None:

@@ -19,7 +19,7 @@ Plan = Callable[[LlavaConfig, str, torch.device, str | None], nn.Module]  # Llav
 def check_memory(
     folder: Path, plan: Plan, dtype: str, device: torch.device, quantize: str | None, tokens: int, adapter: int = 0
 ) -> None:
-    """Raises a ValueError if the model, an adapter of so many bytes and a cache of `tokens` tokens do not fit in memory.
+    """Raises a ValueError if the model, `adapter` bytes more and a cache of `tokens` tokens do not fit in memory.
 
     The message names the options that would fit. Only headers are read for it. From Python a model is loaded whatever
     its size; this check is for the command line, where the system would otherwise kill the process without a word.
