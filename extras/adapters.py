@@ -11,6 +11,7 @@ Source: PEFT 0.21 (LoraConfig, save_and_load.py), whose names these are.
 """
 
 import dataclasses
+import os
 import re
 import reprlib
 import sys
@@ -63,7 +64,7 @@ class AdapterConfig:
 
         try:
             rank, alpha = int(chosen(self.rank_pattern, self.r)), chosen(self.alpha_pattern, self.lora_alpha)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"{CONFIG_FILE}: a pattern is no regular expression: {error}") from error
         return rank, alpha / (rank**0.5 if self.use_rslora else rank)
 
@@ -92,7 +93,14 @@ def read_config(folder: Path) -> AdapterConfig:
     others = [f"{name}={reprlib.repr(value)}" for name, value in sorted(entries.items()) if value and name not in known]
     if others:
         raise ValueError(f"{file}: {', '.join(others)} is not supported, only plain LoRA and rsLoRA")
-    return AdapterConfig(**known_fields(AdapterConfig, entries, str(file)))
+    entries["lora_dropout"] = None  # it is for training
+    config = AdapterConfig(**known_fields(AdapterConfig, entries, str(file)))
+    for pattern in [*config.rank_pattern, *config.alpha_pattern]:
+        if re.search(r"\)[*+{]", pattern) or len(re.findall("[*+{]", pattern)) > 3:
+            raise ValueError(
+                f"{file}: to match {reprlib.repr(pattern)} could take for ever; write it without repetitions"
+            )
+    return config
 
 
 def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
@@ -184,8 +192,8 @@ def load_adapter(model: nn.Module, adapter: str | Path, base: str | Path | None 
         raise ValueError(f"the adapter {adapter} does not fit the base{f' {base}' if base else ''}:\n  {reasons}")
     put_in(model, layers)
     trained_on = config.base_model_name_or_path
-    if base and trained_on and trained_on != str(base) and Path(trained_on).resolve() != Path(base).resolve():
-        print(f"{adapter}: trained on {trained_on}, not on {base}; all shapes are the same", file=sys.stderr)
+    if base and trained_on and os.path.abspath(trained_on) != os.path.abspath(base):
+        print(f"{adapter}: trained on {trained_on!r}, not on {str(base)!r}; all shapes are the same", file=sys.stderr)
 
 
 def save_adapter(model: nn.Module, folder: Path, config: AdapterConfig, image_processor: LlavaImageProcessor) -> None:

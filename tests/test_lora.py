@@ -118,6 +118,7 @@ KINDS = {
     "orthogonal start": {"init_lora_weights": "orthogonal", "r": 4},
     "gaussian start": {"init_lora_weights": "gaussian"},
     "dropout, for training only": {"lora_dropout": 0.5},
+    "no dropout": {"lora_dropout": 0},
 }
 
 
@@ -503,7 +504,10 @@ def test_another_name_of_the_base_is_said(base, make_adapter, tmp_path, capsys):
     assert capsys.readouterr().err == ""
     shutil.copytree(base, tmp_path / "copy")
     LlavaForConditionalGeneration.from_pretrained(tmp_path / "copy", adapter=folder)
-    assert f"trained on {base}, not on {tmp_path / 'copy'}; all shapes are the same" in capsys.readouterr().err
+    assert (
+        f"trained on {str(base)!r}, not on {str(tmp_path / 'copy')!r}; all shapes are the same"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_tied_head_cannot_have_an_adapter(base, make_adapter, tmp_path):
@@ -536,6 +540,10 @@ DAMAGES = {
     "another rank in the config": (lambda folder: change(folder, r=8), r"lora_A.weight': \(8, 64\)"),
     "a rank that is no number": (lambda folder: change(folder, r="four"), "r is 'four'"),
     "a rank of 0": (lambda folder: change(folder, r=0), "r is 0"),
+    "a pattern that takes for ever": (
+        lambda folder: change(folder, alpha_pattern={"([a-z_.]+)*!": 4}),
+        "could take for ever",
+    ),
     "a pattern that is none": (lambda folder: change(folder, rank_pattern={"(": 4}), "is no regular expression"),
     "a module that is not there": (
         lambda folder: change(folder, modules_to_save=["multi_modal_projector"]),

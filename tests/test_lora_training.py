@@ -22,7 +22,6 @@ from evaluate import answer_questions
 from extras.adapters import CONFIG_FILE, IMAGES_FILE, WEIGHTS_FILE, image_processor_of
 from extras.lora import FullLinear, LoraLinear, adapted_layers
 from extras.lora_training import TARGETS, add_lora, load_frozen
-from extras.quantize import Int8Linear
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 TRAIN = str(Path(train.__file__).resolve())
@@ -104,44 +103,40 @@ def test_lora_targets_choose_the_layers_and_a_rate_of_0_freezes_the_projector(be
 
 
 @pytest.mark.parametrize(
-    ("stored", "options", "matrix", "norm"),
+    ("stored", "more", "matrices", "embeddings", "norms"),
     [
-        ("float32", [], torch.float32, torch.float32),
-        ("bfloat16", [], torch.bfloat16, torch.bfloat16),
-        ("float16", [], torch.float16, torch.float32),
-        ("float16", ["--dtype", "bfloat16"], torch.bfloat16, torch.bfloat16),
-        ("bfloat16", ["--quantize", "int8"], torch.int8, torch.bfloat16),
-        ("float16", ["--quantize", "int8"], torch.int8, torch.float32),
+        ("float32", (), "float32", "float32", "float32"),
+        ("bfloat16", (), "bfloat16", "bfloat16", "bfloat16"),
+        ("float16", (), "float16", "float16", "float32"),
+        ("float16", ("--dtype", "bfloat16"), "bfloat16", "bfloat16", "bfloat16"),
+        ("bfloat16", ("--quantize", "int8"), "int8", "bfloat16", "bfloat16"),
+        ("float16", ("--quantize", "int8"), "int8", "float16", "float32"),
     ],
 )
-def test_the_base_stays_in_its_16_bits_or_is_quantised(stored, options, matrix, norm, bench, tmp_path, monkeypatch):
-    """The projector is trained, so it is exact and float32 in any case."""
-    model = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base", stored)
-    model.save_pretrained(tmp_path)
-    exact = model.multi_modal_projector.linear_1.weight.float()
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *bench.arguments("o", MIXED, "--lora", 4, *options), "--model", str(tmp_path)]
-    )
-    args = train.parse_arguments()
+def test_the_base_stays_in_its_16_bits_or_is_quantised(
+    stored, more, matrices, embeddings, norms, bench, tmp_path, monkeypatch
+):
+    """What is trained is float32 in any case, and the projector starts with the exact weights."""
+    source = LlavaForConditionalGeneration.from_pretrained(bench.folder / "base", stored)
+    source.save_pretrained(tmp_path)
+    args = options(bench, monkeypatch, "--lora", 4, *more, "--model", tmp_path)
     model = load_frozen(LlavaForConditionalGeneration, args, torch.device("cpu"))
     add_lora(model, args)
-    layer = model.language_model.model.layers[0]
-    assert layer.mlp.up_proj.base_layer.weight.dtype == matrix
-    assert isinstance(layer.mlp.up_proj.base_layer, Int8Linear) == (matrix == torch.int8)
-    assert layer.input_layernorm.weight.dtype == norm
-    assert model.language_model.model.embed_tokens.weight.dtype == (
-        getattr(torch, stored) if not options else norm
-    ) or (stored == "float16")
-    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
-    if stored != "float16" or not options:
-        assert torch.equal(model.multi_modal_projector.linear_1.weight, exact)
+    decoder = model.language_model.model
+    assert decoder.layers[0].mlp.up_proj.base_layer.weight.dtype == getattr(torch, matrices)
+    assert decoder.embed_tokens.weight.dtype == getattr(torch, embeddings)
+    assert decoder.layers[0].input_layernorm.weight.dtype == getattr(torch, norms)
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters() if parameter.requires_grad)
+    assert torch.equal(
+        model.multi_modal_projector.linear_1.weight, source.multi_modal_projector.linear_1.weight.float()
+    )
 
 
 @pytest.mark.parametrize("more", [(), ("--quantize", "int8"), ("--dtype", "bfloat16"), ("--dtype", "float16")], ids=str)
 def test_on_every_base_it_learns_about_the_same(more, bench, uninterrupted):
     folder = bench.train(f"base{''.join(more)}", MIXED, *LONG, *more)
-    assert losses(folder)[-1] == pytest.approx(losses(uninterrupted)[-1], rel=0.05)
-    assert losses(folder)[-1] < 0.8 * losses(folder)[0]
+    assert losses(folder) == pytest.approx(losses(uninterrupted), rel=0.05)
+    assert sum(losses(folder)[-4:]) < 0.9 * sum(losses(folder)[:4])  # the last epoch and the first
 
 
 def test_only_the_adapter_is_written_and_the_base_stays_as_it_is(bench):
