@@ -29,19 +29,14 @@ from torch import Tensor, nn
 
 from config import LlavaConfig
 from extras.activations import ACTIVATIONS
+from extras.adapters import load_adapter
 from extras.chat import parse_arguments, run
-from extras.checks import (
-    check_finite,
-    check_forward,
-    check_generation,
-    check_image_tokens,
-    check_sampling,
-    left_padding,
-)
+from extras.checks import check_finite, check_forward, check_generation, check_image_tokens, check_sampling, left_pads
 from extras.compat import loading_options
 from extras.generation import GenerationConfig, collect, ends_and_padding
 from extras.hidden_states import with_hidden_states
 from extras.hub import find_folder
+from extras.lora import merge
 from extras.machine import pick_dtype
 from extras.quantize import compact_linears
 from extras.saving import save_weights
@@ -153,7 +148,7 @@ class LlavaForConditionalGeneration(nn.Module):
         started = cache is not None and cache.length > 0
         mask = None if started else attention_mask
         check_forward(self.config, self.device, input_ids, pixel_values, mask, cache, logits_to_keep, labels, options)
-        padding = cache.padding if cache is not None and started else left_padding(mask)
+        padding = cache.padding if cache is not None and started else left_pads(mask)
         if cache is not None:
             cache.padding = padding
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
@@ -274,6 +269,7 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantize: str | None = None,
+        adapter: str | Path | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Self:
         """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
@@ -284,6 +280,7 @@ class LlavaForConditionalGeneration(nn.Module):
                 few CPUs are fast at prompts in 16 bits, and elsewhere the dtype of the checkpoint.
             device: where the model runs.
             quantize: "int8" stores linear layers in one byte per weight (extras/quantize.py), rounded while loading.
+            adapter: a LoRA for this checkpoint, in PEFT's format (extras/adapters.py): a folder or a hub repository.
             options: transformers' arguments, such as torch_dtype, device_map and revision (extras/compat.py).
 
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
@@ -293,6 +290,8 @@ class LlavaForConditionalGeneration(nn.Module):
         model = cls.planned(LlavaConfig.from_pretrained(folder), dtype, device, quantize)
         load_weights(model, folder, torch.device(device))
         model.tie_weights()
+        if adapter:
+            load_adapter(model, adapter, name)
         return model.eval()
 
     @classmethod
@@ -310,7 +309,11 @@ class LlavaForConditionalGeneration(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes config.json, generation_config.json and the weights in a form that transformers and this file load."""
+        """Writes config.json, generation_config.json and the weights in a form that transformers and this file load.
+
+        An adapter is merged into the weights first (extras/lora.py).
+        """
+        merge(self)
         config = self.config.to_dict() | {"dtype": str(self.dtype).removeprefix("torch.")}
         ends, padding = ends_and_padding(self.generation_config)
         generation = {"bos_token_id": 1, "eos_token_id": ends, "pad_token_id": padding}

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from config import LlavaConfig
+from extras.adapters import adapter_bytes, image_processor_of
 from extras.checks import check_sampling
 from extras.images import load_image
 from extras.machine import peak_memory, pick_device
@@ -35,6 +37,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("question", nargs="?", help="default: What is shown in this image?")
     add("--image", action="append", default=[], metavar="PATH|URL|-", help="can be repeated, for several images")
     add("--model", default=str(BUILT_IN), help="checkpoint folder or name on the Hugging Face hub (default: built-in)")
+    add("--adapter", metavar="FOLDER", help="LoRA for that checkpoint, in PEFT's format: a folder or a name on the hub")
+    add("--save", type=Path, metavar="FOLDER", help="write the checkpoint, with the --adapter merged; then stop")
     add("--max-new-tokens", type=int, default=512, help="maximum length of the answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0: greedy decoding (default); above 0: sampling")
     add("--top-k", type=int, help="sample from the k most likely tokens")
@@ -55,8 +59,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.max_new_tokens < 1:
         parser.error("--max-new-tokens must be 1 or more")
-    if not (args.image or args.question or args.chat):
+    if not (args.image or args.question or args.chat or args.save):
         parser.error("give a question, an --image, or both")
+    if args.save and args.quantize:
+        parser.error("--save writes weights that are not quantised: leave out --quantize")
     if args.image.count("-") > 1 or ("-" in args.image and args.chat):
         parser.error("standard input (-) can be one image, and not together with --chat")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -69,13 +75,31 @@ def run(args: argparse.Namespace, model_class: Any) -> None:  # noqa: ANN401
     device = pick_device(args.device)
     images = [load_image(source) for source in args.image]
     processor = LlavaProcessor.from_pretrained(args.model)
+    if args.adapter:
+        processor.image_processor = image_processor_of(args.adapter) or processor.image_processor
+    if args.save:
+        save(args, processor, device, model_class)
+        return
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
     question = len((args.question or "").encode("utf-8", "replace"))  # at most so many tokens
     tokens = len(images) * processor.image_seq_length + question + args.max_new_tokens
-    check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens)
-    model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize)
+    adapter = adapter_bytes(args.adapter) if args.adapter else 0
+    check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens, adapter)
+    model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize, args.adapter)
     converse(args, images, processor, model.generate_stream, KVCache(model), model.generation_config.eos_token_id)
+
+
+def save(args: argparse.Namespace, processor: LlavaProcessor, device: torch.device, model_class: Any) -> None:  # noqa: ANN401
+    """Writes the checkpoint to another folder, in its own dtype or in --dtype, with the adapter merged into it."""
+    if args.save.resolve() == processor.folder.resolve():
+        raise ValueError(f"--save would replace {args.model}: choose another folder")
+    stored = LlavaConfig.from_pretrained(processor.folder).dtype or "auto"
+    dtype = stored if args.dtype == "auto" else args.dtype
+    check_memory(processor.folder, model_class.planned, dtype, device, None, 0)
+    model = model_class.from_pretrained(args.model, dtype, device, adapter=args.adapter)
+    model.save_pretrained(args.save)
+    processor.save_pretrained(args.save)
 
 
 def converse(

@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     "leaves": "extras.activations extras.batch extras.files extras.hub extras.images extras.machine extras.quantize "
     "extras.scores extras.terminal",
-    "files of a checkpoint": "extras.chat_template extras.compat extras.config_file extras.limits extras.saving "
-    "extras.tokenizer_files",
+    "files of a checkpoint": "extras.chat_template extras.compat extras.config_file extras.limits extras.lora "
+    "extras.saving extras.tokenizer_files",
     "parts": "llama vision tokenizer sampling load",
     "configuration": "config",
     "checks": "extras.checks extras.generation extras.hidden_states extras.inputs extras.memory",
-    "inputs": "processor",
+    "inputs": "extras.adapters processor",
     "users of the parts": "extras.benchmarks extras.chat extras.data",
     "model": "llava",
     "commands": "train evaluate bench",

@@ -62,8 +62,8 @@ def ask_attribute(family: str, scene: world.Scene, thing: world.Thing, voice: Vo
     if asked == "it" and voice.rng.random() < 0.3:
         question = voice.ask(f"bare_{family}")
     else:  # "What is the object in the top left?" is one of ask_naming's
-        identity = family == "shape" and kind.cell is None and kind.side is None and not voice.plain and voice.rng.random() < 0.3
-        question = voice.ask("identity" if identity else family, the=asked)
+        named = family == "shape" and (kind.cell, kind.side, voice.plain) == (None, None, False)
+        question = voice.ask("identity" if named and voice.rng.random() < 0.3 else family, the=asked)
     return Turn(family, question, value, sentence(f"{said} {says}"))
 
 
