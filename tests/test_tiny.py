@@ -376,7 +376,9 @@ def test_input_from_outside_its_world_gives_a_note(image, question, tmp_path):
 def test_logits_match_transformers(built_in, check):
     transformers = pytest.importorskip("transformers")
     model, processor = built_in
-    reference = transformers.LlavaForConditionalGeneration.from_pretrained(MODEL, attn_implementation="sdpa").eval()
+    reference = transformers.LlavaForConditionalGeneration.from_pretrained(
+        MODEL, attn_implementation="sdpa", dtype=torch.float32
+    )
     rng = random.Random("judge")
     scene = world.make_scene(rng)
     inputs = processor(world.draw(scene, rng), "USER: <image>\nDescribe the picture. ASSISTANT: There is a large red")
