@@ -17,7 +17,7 @@ FLOORS = {
     "configuration": "config",
     "checks": "extras.checks extras.generation extras.hidden_states extras.inputs extras.memory",
     "inputs": "extras.adapters processor",
-    "users of the parts": "extras.benchmarks extras.chat extras.data",
+    "users of the parts": "extras.benchmarks extras.chat extras.data extras.lora_training",
     "model": "llava",
     "commands": "train evaluate bench",
 }
