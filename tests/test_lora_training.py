@@ -135,7 +135,7 @@ def test_the_base_stays_in_its_16_bits_or_is_quantised(
 
 @pytest.mark.parametrize("more", [(), ("--quantize", "int8"), ("--dtype", "bfloat16"), ("--dtype", "float16")], ids=str)
 def test_on_every_base_it_learns_about_the_same(more, bench, uninterrupted):
-    folder = bench.train(f"base{''.join(more)}", MIXED, *LONG, *more)
+    folder = bench.train(f"on{''.join(more)}", MIXED, *LONG, *more)
     assert losses(folder) == pytest.approx(losses(uninterrupted), rel=0.05)
     assert sum(losses(folder)[-4:]) < 0.9 * sum(losses(folder)[:4])  # the last epoch and the first
 
