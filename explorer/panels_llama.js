@@ -120,12 +120,13 @@ export function layersPanel(app) {
     table.update(picture, view, look);
     table.caption.textContent += skipLayers.has(view.layer)
       ? ": switched off"
-      : `: ${share(view.layer, view.head)} of its attention is on the picture`;
+      : `: ${share(view.layer, view.head)} of its attention is on the picture, the rest on words`;
     const piece = trace.lens.at(-1)[selected][0].piece;
     readable.textContent =
       from === 0
         ? `“${word(piece)}” is the likeliest next word before any layer.`
-        : `“${word(piece)}” is the likeliest next word from layer ${from} on.`;
+        : `“${word(piece)}” is the likeliest next word from layer ${from} on. It need not be made only there: later ` +
+          "layers can make up for one that is switched off.";
     table.rows.forEach((node, i) => {
       const off = i > 0 && layerToggles[i - 1].has();
       node.toggleAttribute("data-off", off);
@@ -180,6 +181,12 @@ function carriersFigure(app, onPick) {
     const likelihood = async (features) => (await app.nextToken({ ids, features })).probabilities[id];
     const width = config.text_config.hidden_size;
     const without = await likelihood(empty);
+    if (without > 0.5) {
+      if (own !== key) return; // the page has moved on
+      result.textContent = `None is needed: the word is ${percent(without)} likely without the picture, too.`;
+      grid.node.dataset.done = "";
+      return;
+    }
     const alone = [];
     for (let patch = 0; patch < count; patch++) {
       const features = empty.slice();
