@@ -1,6 +1,5 @@
 """train.py --lora: only the adapter is trained, neither a stop nor several processes change it, and it can be used."""
 
-import itertools
 import json
 import os
 import shutil
@@ -51,22 +50,6 @@ def options(bench, monkeypatch, *more):
     """What train.py makes of a command line."""
     monkeypatch.setattr(sys, "argv", ["train.py", *bench.arguments("o", MIXED, *more)])
     return train.parse_arguments()
-
-
-def stop_at(bench, output, step, *arguments):
-    """Runs until it is stopped in this step, after the last save."""
-    real, numbers = train.train_step, itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-
-        def stopping(*args):
-            if next(numbers) == step:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        patch.setattr(train, "train_step", stopping)
-        with pytest.raises(SystemExit, match="interrupted"):
-            bench.train(output, MIXED, *arguments)
-    return bench.folder / output
 
 
 def same_files(one: Path, other: Path, *names: str) -> bool:
@@ -191,7 +174,7 @@ def test_the_adapter_gives_the_same_logits_in_peft(bench, learned, check):
 @pytest.mark.parametrize("more", [(), ("--quantize", "int8"), ("--gradient-checkpointing",)], ids=str)
 def test_a_stopped_run_resumes_to_the_same_adapter_to_the_last_bit(more, bench, uninterrupted):
     whole = bench.train(f"whole{more}", MIXED, *LONG, *more) if more else uninterrupted
-    folder = stop_at(bench, f"stopped{more}", 11, *LONG, *more)
+    folder = bench.stop(f"stopped{more}", 11, *LONG, *more)
     bench.train(f"stopped{more}", MIXED, *LONG, *more)
     assert same_files(folder, whole, "loss.csv", WEIGHTS_FILE, CONFIG_FILE)
 
@@ -210,7 +193,7 @@ def test_a_killed_run_resumes_to_the_same_adapter(bench, uninterrupted):
 
 
 def test_the_state_saved_on_the_way_can_be_used_as_an_adapter(bench):
-    folder = stop_at(bench, "on_the_way", 8, *LONG)
+    folder = bench.stop("on_the_way", 8, *LONG)
     assert (folder / train.STATE_FILE).exists()
     LlavaForConditionalGeneration.from_pretrained(bench.folder / "base", adapter=folder)
     theirs = transformers.LlavaForConditionalGeneration.from_pretrained(bench.folder / "base")
@@ -218,14 +201,14 @@ def test_the_state_saved_on_the_way_can_be_used_as_an_adapter(bench):
 
 
 def test_a_stopped_run_does_not_resume_with_another_lora(bench):
-    stop_at(bench, "changed", 5, *LONG)
+    bench.stop("changed", 5, *LONG)
     with pytest.raises(SystemExit, match=r"other settings \(lora_alpha was 8\.0, now 3\.0\)"):
         bench.train("changed", MIXED, *LONG, "--lora-alpha", 3)
 
 
 def test_a_state_from_before_lora_existed_still_resumes(bench):
     run = ("--batch", 4, "--epochs", 2, "--save-every", 1)
-    folder = stop_at(bench, "older", 3, *run)
+    folder = bench.stop("older", 3, *run)
     state = load_file(folder / train.STATE_FILE)
     with train.safe_open(folder / train.STATE_FILE, "pt") as opened:
         settings = json.loads(opened.metadata()["settings"])
