@@ -95,7 +95,7 @@ def main() -> None:
             command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--device", "cpu"]
             command += ["--batch", batch, "--micro-batch", 8, "--learning-rate", rate, "--save-every", 250]
             run(2, command)
-    if not finished("test/visitors.jsonl"):
+    if not finished("test/visitors.jsonl"):  # the last file that make_data.py writes
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", TEST_SCENES, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])
     draw_curves(folder)

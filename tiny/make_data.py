@@ -18,7 +18,8 @@ FOLDER/typos.jsonl               questions of all families, each with one typo
 FOLDER/unseen.jsonl              about things whose combination of colour and shape is held out from training
 FOLDER/like.jsonl                how many there are of two or three things of a shape or colour, often beside another
 FOLDER/CONDITION.jsonl           about pictures disturbed in one way: outlines, noise, ...
-FOLDER/visitors.jsonl            the hand-written questions of tests/visitors.json
+
+Last of all comes FOLDER/visitors.jsonl, without sentences: the hand-written questions of tests/visitors.json.
 
 The scenes of "train" and "test", and those of different seeds, are generated independently.
 """
@@ -201,8 +202,8 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
                 turn = count_like(scene, voice) if name == "like" else ask_any(scene, voice)[-1]
             draw(scene, rng, folder / picture_name(i), look)
             questions.add(name, i, scene, rng, [turn])
-    make_visitors(folder)
     questions.write()
+    make_visitors(folder)
 
 
 def make_visitors(folder: Path) -> None:
