@@ -89,9 +89,8 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> AdapterConfig:
         elif isinstance(module, Linear) and name.startswith(f"{PROJECTOR}.") and args.projector_learning_rate:
             layers[name] = FullLinear(module)
     put_in(model.train(), layers)
-    targets = (
-        rf".*language_model\..*\.({'|'.join(args.lora_targets)})"  # fits the names in all versions of transformers
-    )
+    # An expression that fits the names in all versions of transformers
+    targets = rf".*language_model\..*\.({'|'.join(args.lora_targets)})"
     in_full = [PROJECTOR] if args.projector_learning_rate else None
     return AdapterConfig(args.lora, args.lora_alpha, args.lora_dropout, targets, in_full, args.model)
 

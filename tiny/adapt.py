@@ -25,10 +25,11 @@ import make_data
 import talk
 import world
 from tqdm import tqdm
+from wordings import NOUNS
 
 from evaluate import answer_questions
 from extras.adapters import WEIGHTS_FILE, image_processor_of
-from extras.benchmarks import read_questions
+from extras.benchmarks import read_lines, read_questions
 from extras.lora import switch
 from extras.scores import exact_match
 from extras.terminal import command_line
@@ -51,9 +52,7 @@ def outline(shape: str, x: float, y: float, radius: float, rng: random.Random) -
     """The corners of a new shape, or of one that world.py knows."""
     if shape == "arrow":
         corners = [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]
-    elif (
-        shape == "moon"
-    ):  # a disc without a smaller one to its right; their edges cross at 51 degrees, or 77 of the other
+    elif shape == "moon":  # a disc without a smaller one to its right; the edges cross at 51 or 77 degrees
         degrees = [51 + 258 * i / 24 for i in range(25)]
         corners = [(math.cos(math.radians(a)), math.sin(math.radians(a))) for a in degrees]
         degrees = [283 - 206 * i / 24 for i in range(25)]
@@ -67,9 +66,9 @@ def extend_world() -> None:
     """Adds the new shapes and the new colour to the small world, for this process."""
     world.outline = outline
     world.SHAPES += SHAPES
-    world.COLOURS[COLOUR] = TINTS[0]
-    if hasattr(world, "TINTS"):
-        world.TINTS[COLOUR] = TINTS
+    world.COLOURS[COLOUR], world.TINTS[COLOUR] = TINTS[0], TINTS
+    for kind, nouns in NOUNS.items():  # what is not of the world
+        NOUNS[kind] = [noun for noun in nouns if not any(word in noun for word in NEW_WORDS)]
 
 
 def make_scene(rng: random.Random, new: bool = True) -> world.Scene:
@@ -107,14 +106,12 @@ def make_questions(folder: Path, scenes: int, seed: int) -> None:
 
 
 def gather_old_questions(folder: Path) -> None:
-    """Writes the short questions of make_data.py's test files to one file."""
+    """Writes the short questions of make_data.py's test files, in known wordings, to one file."""
     lines: list[dict] = []
-    for file in sorted((folder / "old").glob("*.jsonl")):
-        if not file.stem.endswith("-sentence"):
-            for text in file.read_text(encoding="utf-8").splitlines():
-                line = json.loads(text)
-                image = f"old/{line['image']}"
-                lines.append(line | {"question_id": len(lines), "image": image, "category": f"old: {file.stem}"})
+    for family in ASKED:
+        for line in read_lines(folder / "old" / f"{family}.jsonl"):
+            image = f"old/{line['image']}"
+            lines.append(line | {"question_id": len(lines), "image": image, "category": f"old: {family}"})
     (folder / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 

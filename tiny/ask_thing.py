@@ -20,6 +20,7 @@ from phrases import (
 )
 from wordings import Voice
 
+OTHER_COLOURS = ["brown", "black", "white", "grey", "gray", "gold", "beige", "transparent"]  # of no thing
 CORNERS = ["top left", "top right", "bottom left", "bottom right"]
 
 
@@ -45,13 +46,11 @@ def predicate(family: str, value: str, voice: Voice) -> str:
     return article(voice.word(value)) if family == "shape" else voice.word(value)
 
 
-VALUES = {"colour": list(world.COLOURS), "shape": world.SHAPES, "size": list(world.SIZES), "position": world.CELLS}
-
-
 def other_value(family: str, scene: world.Scene, value: str, rng: random.Random) -> str:
     """A wrong value; often that of another thing of the scene."""
+    values = {"colour": [*world.COLOURS], "shape": world.SHAPES, "size": [*world.SIZES], "position": world.CELLS}
     near = [attribute(family, thing)[0] for thing in scene if attribute(family, thing)[0] != value]
-    return rng.choice(near if near and rng.random() < 0.6 else [other for other in VALUES[family] if other != value])
+    return rng.choice(near if near and rng.random() < 0.6 else [other for other in values[family] if other != value])
 
 
 def ask_attribute(family: str, scene: world.Scene, thing: world.Thing, voice: Voice) -> Turn:
@@ -116,7 +115,7 @@ def ask_verify(scene: world.Scene, voice: Voice) -> Turn:
         value, says = attribute(family, thing)
         value = predicate(family, value if holds else other_value(family, scene, value, rng), voice)
         if family == "colour" and not holds and rng.random() < 0.1:
-            value = rng.choice(["brown", "black", "white", "grey", "gray", "gold", "beige", "transparent"])
+            value = rng.choice([colour for colour in OTHER_COLOURS if colour not in world.COLOURS])
     asked, said = name_it(kind, voice, scene)
     question = voice.ask("single", value=value) if asked == "it" else voice.ask("verify", the=asked, value=value)
     return Turn("verify", question, "yes" if holds else "no", f"{'Yes' if holds else 'No'}, {said} {says}.")
