@@ -58,7 +58,7 @@ def draw_curves(folder: Path) -> None:
         size = max(1, min(20, len(rows) // 20))
         starts = range(0, len(rows) - size + 1, size)
         axes.plot([steps[i + size - 1] for i in starts], [sum(losses[i : i + size]) / size for i in starts], lw=2)
-        axes.set(title=title, xlabel="step", ylabel="loss per token", yscale="log")
+        axes.set(title=title, xlabel="step", ylabel="loss", yscale="log")
         axes.grid(alpha=0.3)
     figure.savefig(folder / "curves.png", dpi=80)
 
