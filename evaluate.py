@@ -29,6 +29,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from extras.adapters import image_processor_of
 from extras.benchmarks import VQAV2, key, read_lines, read_questions
 from extras.files import write_atomically
 from extras.images import load_image
@@ -112,6 +113,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="evaluate.py", description="Answers questions and scores the answers.")
     add = parser.add_argument
     add("--model", help="checkpoint folder or hub name; not needed once all questions are answered")
+    add("--adapter", help="LoRA for that checkpoint, in PEFT's format: a folder or a name on the hub")
     add("--questions", required=True, type=Path, help="a benchmark's file as downloaded, or JSON lines")
     add("--annotations", type=Path, help="VQAv2's answers; without them, its questions are answered but not scored")
     add("--images", type=Path, default=Path(), help="folder that image paths are relative to (default: current)")
@@ -141,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
         others = [args.out, args.questions, args.annotations or args.out]
         if args.results.resolve() in [file.resolve() for file in others]:
             raise ValueError(f"--results would replace {args.results}: choose another file")
-    model_id = args.model and Path(args.model).resolve().name
+    names = [Path(name).resolve().name for name in (args.model, args.adapter) if name]
+    model_id = " + ".join(names) if args.model else None
     texts = read_answers(args.out, questions, model_id)
     left = [question for question in questions if key(question) not in texts]
     if left and not args.model:
@@ -152,9 +155,11 @@ def run(args: argparse.Namespace) -> None:
     if left:
         device = pick_device(args.device)
         processor = LlavaProcessor.from_pretrained(args.model)
+        if args.adapter:
+            processor.image_processor = image_processor_of(args.adapter) or processor.image_processor
         if args.image_mode:
             processor.image_processor.do_pad = args.image_mode == "pad"
-        model = LlavaForConditionalGeneration.from_pretrained(args.model, device=device)
+        model = LlavaForConditionalGeneration.from_pretrained(args.model, device=device, adapter=args.adapter)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         with (
             open(args.out, "a", encoding="utf-8") as out,

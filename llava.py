@@ -30,25 +30,19 @@ from torch import Tensor, nn
 
 from config import LlavaConfig
 from extras.activations import ACTIVATIONS
-from extras.calibration import quantize_weights
+from extras.adapters import load_adapter
+from extras.calibration import load_or_quantize
 from extras.chat import parse_arguments, run
-from extras.checks import (
-    check_finite,
-    check_forward,
-    check_generation,
-    check_image_tokens,
-    check_sampling,
-    left_padding,
-)
+from extras.checks import check_finite, check_forward, check_generation, check_image_tokens, check_sampling, left_pads
 from extras.compat import loading_options
 from extras.generation import GenerationConfig, collect, ends_and_padding
 from extras.hidden_states import with_hidden_states
 from extras.hub import find_folder
+from extras.lora import merge
 from extras.machine import pick_dtype
 from extras.quantize import compact_linears, single_thread
 from extras.saving import save_weights
 from llama import KVCache, LlamaConfig, LlamaForCausalLM
-from load import load_weights
 from processor import LlavaProcessor
 from sampling import choose_token, penalize_repetition
 from vision import CLIPVisionModel
@@ -155,7 +149,7 @@ class LlavaForConditionalGeneration(nn.Module):
         started = cache is not None and cache.length > 0
         mask = None if started else attention_mask
         check_forward(self.config, self.device, input_ids, pixel_values, mask, cache, logits_to_keep, labels, options)
-        padding = cache.padding if cache is not None and started else left_padding(mask)
+        padding = cache.padding if cache is not None and started else left_pads(mask)
         if cache is not None:
             cache.padding = padding
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
@@ -277,6 +271,7 @@ class LlavaForConditionalGeneration(nn.Module):
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantize: str | None = None,
+        adapter: str | Path | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Self:
         """Loads a checkpoint folder, or a repository of the Hugging Face hub, ready for inference.
@@ -288,6 +283,7 @@ class LlavaForConditionalGeneration(nn.Module):
             device: where the model runs.
             quantize: "int8" or "int4" stores linear layers in 8 or 4 bits per weight (docs/quantization.md). It takes
                 minutes for a large model, but `save_pretrained` keeps the result, which is then loaded in seconds.
+            adapter: a LoRA for this checkpoint, in PEFT's format (extras/adapters.py): a folder or a hub repository.
             options: transformers' arguments, such as torch_dtype, device_map and revision (extras/compat.py).
 
         Raises a FileNotFoundError or a ValueError that says which file or argument is wrong, and what to do.
@@ -296,12 +292,10 @@ class LlavaForConditionalGeneration(nn.Module):
         folder = find_folder(name, **hub)
         config = LlavaConfig.from_pretrained(folder)
         model = cls.planned(config, dtype, device, quantize)
-        if model.config.quantize == config.quantize:
-            load_weights(model, folder, torch.device(device))
-        else:
-            plain = cls.planned(config, dtype, device, None)
-            quantize_weights(model, plain, folder, torch.device(device))
+        load_or_quantize(model, cls.planned(config, dtype, device, None), folder, torch.device(device))
         model.tie_weights()
+        if adapter:
+            load_adapter(model, adapter, name)
         return model.eval()
 
     @classmethod
@@ -323,7 +317,9 @@ class LlavaForConditionalGeneration(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes config.json, generation_config.json and the weights, in a form that transformers loads, too; quantised
-        weights stay as they are, in a form for this file only."""
+        weights stay as they are, in a form for this file only. An adapter is merged first (extras/lora.py).
+        """
+        merge(self)
         dtype = self.language_model.model.embed_tokens.weight.dtype
         config = self.config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}
         ends, padding = ends_and_padding(self.generation_config)

@@ -7,6 +7,9 @@
 tower is frozen in both. Weights are float32; on a GPU, autocast computes in bfloat16 where that is safe. Several
 processes (`torchrun --nproc-per-node N train.py ...`) shard weights, optimiser state and batches with FSDP2.
 
+With `--lora RANK`, `instruct` freezes the decoder as well, in the checkpoint's 16 bits or quantised, and trains a LoRA
+(extras/lora.py) and the projector. The output is an adapter in PEFT's format. Several processes share the batches only.
+
 All randomness comes from --seed. After a stop, the same command line resumes the run from its last save in the output
 folder, with the losses that it would have had without the stop.
 
@@ -41,8 +44,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from extras.adapters import CONFIG_FILE, save_adapter
 from extras.data import collate, micro_batches, plan_epoch, prefetch, read_data
 from extras.files import read_json, write_atomically, write_json
+from extras.lora_training import DEFAULTS as LORA_OPTIONS
+from extras.lora_training import add_lora, add_options, check_options, load_frozen, parameter_groups, sum_gradients
 from extras.machine import peak_memory, pick_device
 from llava import LlavaForConditionalGeneration
 from processor import Inputs, LlavaProcessor
@@ -56,6 +62,7 @@ STATE_FILE = "trainer.state"
 # These must not change when a run resumes. Micro-batch and number of processes may: they only affect rounding.
 SETTINGS = ["stage", "model", "learning_rate", "batch", "epochs", "warmup_ratio", "weight_decay", "clip"]
 SETTINGS += ["max_length", "system", "seed"]
+SETTINGS += ["lora", *LORA_OPTIONS]
 
 # The model
 
@@ -108,16 +115,18 @@ def train_step(
     batch, across all pieces and processes, so it does not depend on how the batch is divided.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    device = next(model.parameters()).device
+    device, sharded = next(model.parameters()).device, isinstance(model, FSDPModule)
     total = torch.zeros((), device=device)
     for inputs in pieces:
         # Every weight is used once, so caching its rounded copy for a second use would only cost memory.
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False):
             loss = answer_loss(model, inputs.to(device)) / answers
-        (loss * world).backward()  # FSDP averages the processes' gradients; here they must be summed
+        (loss * world if sharded else loss).backward()  # FSDP averages the processes' gradients; here they are summed
         total += loss.detach()
     if world > 1:
         dist.all_reduce(total)
+        if not sharded:
+            sum_gradients(model)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
     optimizer.step()
     optimizer.zero_grad()
@@ -166,7 +175,7 @@ def load_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer, s
         raise ValueError(f"{file} is damaged ({error}): delete it to start over") from error
     with state:
         before = json.loads(state.metadata()["settings"])
-        changed = [f"{key} was {before[key]}, now {settings[key]}" for key in settings if before[key] != settings[key]]
+        changed = [f"{k} was {before.get(k)}, now {new}" for k, new in settings.items() if before.get(k) != new]
         if changed:
             raise ValueError(
                 f"{file.parent} contains a stopped run with other settings ({'; '.join(changed)}): "
@@ -231,7 +240,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--data", required=True, type=Path, help="conversations, as JSON or JSON lines (docs/training.md)")
     add("--images", required=True, type=Path, help="folder that the image paths in the data are relative to")
     add("--output", required=True, type=Path, help="folder for the trained checkpoint, loss.csv and loss.png")
-    add("--learning-rate", type=float, help="peak value (default: 1e-3 for align, 2e-5 for instruct)")
+    add("--learning-rate", type=float, help="peak value (default: 1e-3 for align, 2e-5 for instruct, 2e-4 with --lora)")
     add("--batch", type=int, help="samples per step, across all processes (default: 256 for align, 128 for instruct)")
     add("--micro-batch", type=int, default=16, help="samples that a process computes at once (default: %(default)s)")
     add("--epochs", type=int, default=1, help="passes over the data (default: %(default)s)")
@@ -245,7 +254,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--gradient-checkpointing", action="store_true", help="recompute layers in the backward pass, to save memory")
     add("--skip-broken", action="store_true", help="skip broken entries instead of refusing the data")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto")
+    add_options(parser)
     args = parser.parse_args()
+    check_options(parser, args)
     args.learning_rate = LEARNING_RATE[args.stage] if args.learning_rate is None else args.learning_rate
     args.batch = BATCH[args.stage] if args.batch is None else args.batch
     for name in ("batch", "micro_batch", "epochs", "max_length", "save_every", "clip", "learning_rate"):
@@ -267,12 +278,15 @@ def run(args: argparse.Namespace) -> None:
         # The timeout: all others wait while the first process writes what may be a hundred gigabytes.
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=4))
     state_file = args.output / STATE_FILE
-    if not state_file.exists() and (args.output / "config.json").exists():
+    if not state_file.exists() and any((args.output / name).exists() for name in ("config.json", CONFIG_FILE)):
         raise ValueError(f"{args.output} already contains a checkpoint: choose another --output")
 
     processor = LlavaProcessor.from_pretrained(args.model)
     processor.image_processor.do_pad = True  # as in the paper, so that the whole image is seen
-    model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, "cpu" if world > 1 else device)
+    if args.lora:
+        model = load_frozen(LlavaForConditionalGeneration, args, device)
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(args.model, torch.float32, "cpu" if world > 1 else device)
     max_length = min(args.max_length, model.config.text_config.context_length)
     samples, skipped = read_data(
         args.data, args.stage, processor, args.images, args.system, max_length, args.skip_broken
@@ -282,20 +296,21 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in SETTINGS} | {"samples": len(samples)}
     settings["data"] = hashlib.sha256(args.data.read_bytes()).hexdigest()
 
-    freeze(model, args.stage)
+    adapter = add_lora(model, args) if args.lora else None
+    if adapter is None:
+        freeze(model, args.stage)
     if args.gradient_checkpointing:
         checkpoint_layers(model)
-    if world > 1:
+    if world > 1 and adapter is None:
         shard(model, device)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=args.weight_decay)
     history = load_state(state_file, model, optimizer, settings) if state_file.exists() else []
     plan = [batch for epoch in range(args.epochs) for batch in plan_epoch(samples, args.batch, f"{args.seed}/{epoch}")]
     shares = [micro_batches(batch, args.micro_batch, rank, world) for batch in plan[len(history) :]]
     inputs = prefetch(lambda rows: collate(rows, processor), itertools.chain.from_iterable(shares))
 
-    def rate(step: int) -> float:
-        return learning_rate(step, len(plan), args.learning_rate, args.warmup_ratio)
+    def rate(step: int, peak: float = args.learning_rate) -> float:
+        return learning_rate(step, len(plan), peak, args.warmup_ratio)
 
     def line(step: int) -> str:
         return f"{step + 1},{history[step][0]!r},{rate(step)!r},{history[step][1]!r}\n"  # repr: exact to the last bit
@@ -308,7 +323,9 @@ def run(args: argparse.Namespace) -> None:
     ):
         table.write("step,loss,learning_rate,gradient_norm\n" + "".join(map(line, range(len(history)))))
         for step, share in enumerate(shares, start=len(history)):
-            optimizer.param_groups[0]["lr"] = rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step, group["peak"])
+            torch.manual_seed((args.seed * len(plan) + step) * world + rank)  # for dropout, also after a resume
             answers = sum(int(sample.is_answer.sum()) for sample in plan[step])
             history.append(train_step(model, optimizer, itertools.islice(inputs, len(share)), answers, args.clip))
             if not all(map(math.isfinite, history[-1])):
@@ -319,7 +336,12 @@ def run(args: argparse.Namespace) -> None:
             progress.update(len(plan[step]))
             if (step + 1) % args.save_every == 0 or step + 1 == len(plan):
                 save_state(state_file, model, optimizer, history, settings)
-    save_model(model, processor, args.output)
+                if adapter and rank == 0:
+                    save_adapter(model, args.output, adapter, processor.image_processor)
+    if adapter is None:
+        save_model(model, processor, args.output)
+    elif rank == 0:
+        save_adapter(model, args.output, adapter, processor.image_processor)
     if rank == 0:
         if not plot_losses(history, args.output / "loss.png"):
             print("train.py: matplotlib is not installed, so the losses are only in loss.csv", file=sys.stderr)

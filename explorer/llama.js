@@ -16,12 +16,7 @@ function ropeFrequencies(config) {
   return Float32Array.from({ length: head_dim / 2 }, (_, i) => 1 / power(i));
 }
 
-/**
- * Applies RoPE in place: rotates channels i and i + Dh / 2 of each head as a pair.
- * @param {Float32Array} x (T, H * Dh), queries or keys
- * @param {number} start the position of the first of them
- * @param {object} config text_config
- */
+/** Applies RoPE in place to queries or keys (T, H * Dh) from position `start` on: rotates channels i and i + Dh / 2. */
 function rotate(x, start, config) {
   const { head_dim, num_attention_heads } = config;
   const frequencies = ropeFrequencies(config);
@@ -39,10 +34,6 @@ function rotate(x, start, config) {
 
 /** The keys and values of all tokens so far, per layer (S, H * Dh). */
 export class KVCache {
-  /**
-   * @param {object} config text_config
-   * @param {number} maxLength the number of tokens to allocate
-   */
   constructor(config, maxLength) {
     const allocate = () => new Float32Array(maxLength * config.num_attention_heads * config.head_dim);
     this.keys = Array.from({ length: config.num_hidden_layers }, allocate);
@@ -95,15 +86,12 @@ function llamaDecoderLayer(x, layer, config, index, cache, zeroHeads) {
 }
 
 /**
- * LlamaModel: the decoder without its head, with interventions.
- * @param {Float32Array} x (T, D), embeddings of the tokens that follow those in the cache
- * @param {object} decoder model.language_model.model
- * @param {object} config text_config
- * @param {KVCache} cache updated with these tokens
- * @param {{zeroHeads?: {layer: number, head: number}[], skipLayers?: number[]}} interventions
- * @returns {{hidden: Float32Array, hiddenStates: Float32Array[], attention: Float32Array[]}} normalised hidden states
- *     (T, D); L + 1 hidden states before the norm (T, D), where 0 are the embeddings; L attention weights (H, T, S),
- *     which are 0 in a skipped layer
+ * LlamaModel: the decoder without its head. x (T, D), embeddings of the tokens that follow those in the cache, which it
+ * updates -> {hidden: normalised hidden states (T, D); hiddenStates: L + 1 before the norm (T, D), where 0 are the
+ * embeddings; attention: L weights (H, T, S)}.
+ *
+ * Interventions: the output of each head in `zeroHeads`, [{layer, head}], is zeroed; each layer in `skipLayers` returns
+ * its input, and its attention is 0.
  */
 export function llamaModel(x, decoder, config, cache, { zeroHeads = [], skipLayers = [] } = {}) {
   const length = x.length / config.hidden_size;

@@ -18,11 +18,9 @@ import { IMAGE_TOKEN, LlamaTokenizer, SHORT_ANSWER } from "./tokenizer.js";
 import { clipVisionModel, toPatches } from "./vision.js";
 
 /**
- * Reads model.bin, as export.py writes it: the length of the header (4 bytes), the header in JSON, the weights.
- *
- * The header is {config, tensors: {name: {shape, offset}}}. The weights are float16, and `offset` counts numbers.
- * @param {ArrayBuffer} buffer the content of the file
- * @returns {object} the model: {config, tokenizer, vision_tower, multi_modal_projector, language_model}
+ * Reads model.bin, as export.py writes it: the length of the header (4 bytes), the header in JSON, {config, tensors:
+ * {name: {shape, offset}}}, and the weights in float16, whose `offset` counts numbers -> the model: {config, tokenizer,
+ * vision_tower, multi_modal_projector, language_model}
  */
 export function loadModel(buffer) {
   const start = 4 + new DataView(buffer).getUint32(0, true);
@@ -40,24 +38,14 @@ export function loadModel(buffer) {
   return model;
 }
 
-/**
- * Encodes a conversation as `LlamaTokenizer.encode_chat` does, and repeats each `<image>` once per patch.
- * @param {object} model
- * @param {[string, string | null][]} turns questions and answers; an answer of null is to be generated
- * @param {{system?: string, continued?: boolean}} options
- * @returns {{ids: Int32Array, pieces: string[], isImage: boolean[]}}
- */
-export function encodeChat(model, turns, options = {}) {
+/** Encodes a question, with each `<image>` repeated once per patch -> {ids (T), pieces (T), isImage (T)}. */
+export function encodePrompt(model, question) {
   const { image_token_index, vision_config } = model.config;
   const patches = Math.floor(vision_config.image_size / vision_config.patch_size) ** 2;
-  const ids = model.tokenizer
-    .encodeChat(turns, options)
-    .flatMap((id) => (id === image_token_index ? Array(patches).fill(id) : [id]));
-  return {
-    ids: Int32Array.from(ids),
-    pieces: model.tokenizer.convertIdsToTokens(ids),
-    isImage: ids.map((id) => id === image_token_index),
-  };
+  const repeated = (id) => (id === image_token_index ? Array(patches).fill(id) : [id]);
+  const ids = model.tokenizer.encodePrompt(question).flatMap(repeated);
+  const isImage = ids.map((id) => id === image_token_index);
+  return { ids: Int32Array.from(ids), pieces: model.tokenizer.convertIdsToTokens(ids), isImage };
 }
 
 /**
@@ -119,15 +107,13 @@ function* generateStream(model, prompt, features, request) {
  * @returns {{lens: {piece: string, probability: number}[][][], logits: Float32Array}} as in a trace
  */
 function logitLens(model, hiddenStates) {
-  const { text_config } = model.config;
+  const { hidden_size, vocab_size, rms_norm_eps } = model.config.text_config;
   const { model: decoder, lm_head } = model.language_model;
   let logits;
   const lens = hiddenStates.map((x) => {
-    logits = linear(rmsNorm(x, decoder.norm, text_config.rms_norm_eps), lm_head); // (T, V); in the end the model's own
-    return Array.from({ length: x.length / text_config.hidden_size }, (_, t) => {
-      const row = logits.subarray(t * text_config.vocab_size, (t + 1) * text_config.vocab_size);
-      return mostLikely(model, row);
-    });
+    logits = linear(rmsNorm(x, decoder.norm, rms_norm_eps), lm_head); // (T, V); in the end the model's own
+    const row = (_, t) => mostLikely(model, logits.subarray(t * vocab_size, (t + 1) * vocab_size));
+    return Array.from({ length: x.length / hidden_size }, row);
   });
   return { lens, logits };
 }
@@ -143,6 +129,18 @@ function mostLikely(model, logits) {
   });
 }
 
+/**
+ * The probabilities (V) of the token after `ids` (T), with given image features (P, D). The interventions are those of
+ * `answer` on the decoder.
+ */
+export function nextToken(model, { ids, features, interventions }) {
+  const { text_config } = model.config;
+  const { model: decoder, lm_head } = model.language_model;
+  const cache = new KVCache(text_config, ids.length);
+  const { hidden } = llamaModel(embed(model, ids, features), decoder, text_config, cache, interventions);
+  return { probabilities: softmax(linear(hidden.subarray(-text_config.hidden_size), lm_head)) };
+}
+
 /** Throws an Error, in one sentence, unless the prompt has one image and leaves room for an answer. */
 function check(model, { ids, isImage }, features) {
   const images = isImage.filter(Boolean).length / (features.length / model.config.text_config.hidden_size);
@@ -152,25 +150,12 @@ function check(model, { ids, isImage }, features) {
 }
 
 /**
- * Answers a question about an image.
+ * Answers a question about an image, {pixels (3, S, S), question}, and returns a trace. The request may also have
+ * `short`, whether to ask for a single word or phrase; `temperature`, `topK`, `topP` and the `seed` of sampling;
+ * `maxNewTokens`; and `interventions`: `hiddenPatches` are painted in the mean colour, `imageFeatures` from another
+ * trace replace those of the image, `zeroHeads` and `skipLayers` are those of `llamaModel`.
  *
- * Interventions: `hiddenPatches` are painted in the mean colour; the output of each decoder head in `zeroHeads` is
- * zeroed before o_proj; each decoder layer in `skipLayers` returns its input; `imageFeatures`, from another trace,
- * replace those of the image.
- * @param {object} model
- * @param {object} request
- * @param {Float32Array} request.pixels (3, 96, 96), from `imageProcessor`
- * @param {string} request.question
- * @param {boolean} [request.short] whether to ask for a single word or phrase
- * @param {number} [request.temperature] 0 is greedy decoding
- * @param {number} [request.topK] sample from the k most likely tokens
- * @param {number} [request.topP] sample from the most likely tokens that together reach probability p
- * @param {number} [request.seed] of the sampling
- * @param {number} [request.maxNewTokens]
- * @param {{hiddenPatches?: number[], zeroHeads?: {layer: number, head: number}[], skipLayers?: number[],
- *          imageFeatures?: Float32Array}} [request.interventions]
- * @param {(token: {id: number, piece: string, text: string}) => void} [onToken] called with each generated token and
- *     the text of the answer so far
+ * @param {(token: {id, piece, text}) => void} [onToken] called with each generated token and the answer so far
  * @returns {object} the trace:
  *     ids Int32Array (T), pieces string[] (T), isImage boolean[] (T): the whole sequence, prompt and answer;
  *     answerStart: the position of the first generated token; text: the answer;
@@ -188,7 +173,7 @@ export function answer(model, request, onToken = () => {}) {
 
   let question = request.question + (short ? SHORT_ANSWER : "");
   if (!question.includes(IMAGE_TOKEN)) question = `${IMAGE_TOKEN}\n${question}`;
-  const prompt = encodeChat(model, [[question, null]]);
+  const prompt = encodePrompt(model, question);
   check(model, prompt, features);
   const generated = [];
   for (const id of generateStream(model, prompt.ids, features, request)) {

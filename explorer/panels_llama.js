@@ -6,162 +6,223 @@
  */
 
 import {
-  attentionRow,
-  bars,
-  button,
-  children,
-  columnHeads,
-  div,
-  element,
-  legend,
-  patchGrid,
-  percent,
-  row,
-  spotlight,
-  tokenStrip,
-  word,
+  attentionRow, bars, button, checkbox, children, div, element, headTable, legend, patchGrid, percent, placeName, row,
+  tokenStrip, word,
 } from "./figures.js";
-import { patchName } from "./panels_vision.js";
 import { distribution, sample } from "./sampling.js";
+import { argmax } from "./tensor.js";
 
-/** The tokens, of which one is chosen for all panels of the decoder. */
+const caption = () => element("p", { class: "caption", "aria-live": "polite" });
+
+/** What a position is called: “is”, or image token 8 (row 2, column 2). */
+function positionName({ trace, patchCount }, position) {
+  if (!trace.isImage[position]) return `“${word(trace.pieces[position])}”`;
+  const patch = position - trace.isImage.indexOf(true);
+  return `image token ${patch + 1} (${placeName(patch, patchCount)})`;
+}
+
+/** The id of the most likely token after the selected position. */
+const likeliest = ({ trace, selected, vocabulary }) => argmax(row(trace.logits, selected, vocabulary));
+
+/** The tokens, of which one is selected for all panels of the decoder, and the token that it predicts. */
 function positionStrip(app, apart = false) {
-  return tokenStrip(
-    "Tokens: choose the position to look at",
-    (selected) => app.show({ selected, picked: true }),
-    apart,
-  );
+  const pick = (selected) => app.show({ selected, picked: true });
+  const strip = tokenStrip("Tokens: choose the position to look at", pick, apart);
+  const prediction = element("p", { class: "prediction" });
+  function update(weights) {
+    const { trace, selected, tokenPicture: picture } = app;
+    strip.update(trace, { selected, picture, weights });
+    prediction.textContent = `At ${positionName(app, selected)}, predicting “${word(app.pieces[likeliest(app)])}”`;
+  }
+  return { node: div("wide", strip.node, prediction), update };
 }
 
-/** The text up to a position: the answer so far, or the last pieces of the prompt. */
-function context({ pieces, answerStart }, position) {
-  const inPrompt = position < answerStart;
-  const text = pieces.slice(inPrompt ? Math.max(0, position - 4) : answerStart, position + 1).join("");
-  return (inPrompt ? "… " : "") + text.replaceAll("▁", " ").trim();
-}
-
-/** The whole sequence, token by token, and where the embedding of the chosen one comes from. */
+/** The whole sequence, token by token, and where the embedding of the selected one comes from. */
 export function sequencePanel(app) {
   const strip = positionStrip(app, true);
   const facts = element("dl", { class: "facts" });
 
   function update() {
-    const { trace, selected, tokenPicture: picture } = app;
-    const isImage = trace.isImage[selected];
-    strip.update(trace, { selected, picture });
-    const patch = selected - trace.isImage.indexOf(true);
+    const { trace, selected } = app;
+    const [id, isImage] = [trace.ids[selected], trace.isImage[selected]];
+    strip.update();
     const values = {
-      position: `${selected} of ${trace.ids.length}`,
-      id: trace.ids[selected],
-      piece: isImage ? "<image>" : trace.pieces[selected],
-      embedding: isImage ? `image token of the ${patchName(app, patch)}` : `row ${trace.ids[selected]} of embed_tokens`,
+      position: `${selected + 1} of ${trace.ids.length}`,
+      "number in the vocabulary": id,
+      "spelling in the vocabulary": trace.pieces[selected],
+      embedding: isImage ? `the projector’s, ${positionName(app, selected)}` : `row ${id} of embed_tokens`,
     };
-    facts.replaceChildren(
-      ...Object.entries(values).map(([name, value]) =>
-        element("div", {}, element("dt", {}, name), element("dd", {}, String(value))),
-      ),
-    );
+    const fact = ([name, value]) =>
+      element("div", {}, element("dt", {}, name), element("dd", {}, String(value)));
+    facts.replaceChildren(...Object.entries(values).map(fact));
   }
-  const key = legend(["prompt", "prompt"], ["image", "image tokens"], ["answer-kind", "answer."], "▁ is a space.");
-  return { nodes: [div("wide", strip.node, key, facts)], update };
+  const key = legend(
+    ["prompt", "prompt"], ["image", "image tokens"], ["answer-kind", "answer."],
+    "␣ is a lone space, ↵ a new line; “start” and “end” frame the sequence. In the vocabulary’s own spelling, " +
+    "▁ is the space before a word.",
+  );
+  return { nodes: [strip.node, div("wide", key, facts)], update };
 }
 
-/** Attention and logit lens, layer by layer; heads and layers can be switched off. */
+/** The first layer from which on the logit lens shows the word that is predicted in the end; 0: the embeddings. */
+function readableFrom({ trace, selected }) {
+  const first = trace.lens.map((layer) => layer[selected][0].piece);
+  return first.findLastIndex((piece) => piece !== first.at(-1)) + 1;
+}
+
+/** Attention and logit lens, layer by layer, in which heads and layers can be switched off; the carriers. */
 export function layersPanel(app) {
   const { num_hidden_layers: layers, num_attention_heads: heads } = app.config.text_config;
   const { zeroHeads, skipLayers } = app.changes;
   const strip = positionStrip(app);
-  const grid = patchGrid("Image tokens: choose the one that looks", (patch) =>
-    app.show({ selected: app.trace.isImage.indexOf(true) + patch, picked: true }),
-  );
-  const caption = element("p", { class: "caption" });
-  const average = button("Average of the heads", () => app.show({ view: { ...app.view, head: null } }));
+  const pick = (patch) => app.show({ selected: app.trace.isImage.indexOf(true) + patch, picked: true });
+  const grid = patchGrid("Image tokens: choose the one that looks", pick);
+  const carriers = carriersFigure(app, pick);
+  const readable = element("p", { class: "readable" });
 
-  /** A checkbox that is off while `key` is in `off`. */
+  /** A checkbox that is off while `key` is in the set `off`. */
   function toggle(off, key, label) {
-    const box = element("input", { type: "checkbox", "aria-label": label });
-    box.addEventListener("change", () => {
-      if (box.checked) off.delete(key);
+    const box = checkbox(label, (checked) => {
+      if (checked) off.delete(key);
       else off.add(key);
       app.answer();
     });
-    return {
-      box,
-      node: element("label", { class: "toggle", title: label }, box),
-      update: () => (box.checked = !off.has(key)),
-    };
+    return { box, node: element("label", { class: "toggle", title: label }, box), has: () => off.has(key) };
   }
-
-  const title = columnHeads("", "Heads: where the token looks", "Next word, if the model ended here");
-  const rows = Array.from({ length: layers + 1 }, (_, i) => {
-    const on = i ? toggle(skipLayers, i - 1, `layer ${i} on`) : null;
-    const label = element("span", { class: "layer-name" }, ...(on ? [on.node] : []), i ? `Layer ${i}` : "Embeddings");
-    const minis = Array.from({ length: i ? heads : 0 }, (_, head) => {
-      const name = `layer ${i}, head ${head + 1}`;
-      const share = element("small");
-      const picture = element("canvas", { width: 72, height: 72 });
-      const mini = button(picture, () => app.show({ view: { layer: i - 1, head } }), {
-        class: "mini",
-        "aria-label": name,
-      });
-      const switched = toggle(zeroHeads, `${i - 1}.${head}`, `${name} on`);
-      return {
-        mini,
-        picture,
-        share,
-        switched,
-        node: element("span", { class: "head" }, mini, element("span", {}, switched.node, share)),
-      };
-    });
-    const lens = element("ol", { class: "lens" });
-    const node = div("layer", label, element("span", { class: "minis" }, ...minis.map((mini) => mini.node)), lens);
-    return { node, on, minis, lens };
+  const layerToggles = Array.from({ length: layers }, (_, i) => toggle(skipLayers, i, `layer ${i + 1} on`));
+  const headToggles = layerToggles.map((_, layer) =>
+    Array.from({ length: heads }, (_, head) => ({
+      ...toggle(zeroHeads, `${layer}.${head}`, `layer ${layer + 1}, head ${head + 1} on`),
+      share: element("small", { title: "share of its attention that is on the picture" }),
+    })),
+  );
+  const lenses = Array.from({ length: layers + 1 }, () => element("ol", { class: "lens" }));
+  const table = headTable({
+    layers,
+    heads,
+    titles: ["Heads: where the token looks, with the share of its attention that is on the picture", "Next word, if it ended here"],
+    label: (i) => (i ? [layerToggles[i - 1].node, `Layer ${i}`] : ["Embeddings"]),
+    foot: (layer, head) => [element("span", {}, headToggles[layer][head].node, headToggles[layer][head].share)],
+    end: (i) => lenses[i],
+    onView: (view) => app.show({ view }),
   });
 
   function update() {
-    const {
-      trace,
-      tokenPicture: picture,
-      selected,
-      patchCount: count,
-      view: { layer, head },
-    } = app;
-    const length = trace.ids.length;
+    const { trace, tokenPicture: picture, selected, patchCount: count } = app;
     const first = trace.isImage.indexOf(true);
-    const look = (i, h) => attentionRow(trace.attention[i], heads, length, selected, h);
-    const weights = look(layer, head);
-    const onPicture = (all) => all.subarray(first, first + count);
-    const share = (all) => percent(onPicture(all).reduce((sum, weight) => sum + weight, 0));
-    strip.update(trace, { selected, picture, weights });
-    const inside = selected >= first && selected < first + count;
-    grid.update({ picture, weights: onPicture(weights), selected: inside ? selected - first : -1, count });
-    const name = head === null ? "average of the heads" : `head ${head + 1}`;
-    caption.textContent = `Layer ${layer + 1}, ${name}: ${share(weights)} of its attention is on the picture`;
-    average.disabled = head === null;
-    rows.forEach(({ node, on, minis, lens }, i) => {
-      on?.update();
-      node.toggleAttribute("data-off", Boolean(on) && !on.box.checked);
-      minis.forEach(({ mini, picture: small, share: label, switched, node: cell }, h) => {
-        const row = look(i - 1, h);
-        spotlight(small, picture, onPicture(row));
-        label.textContent = share(row);
-        mini.setAttribute("aria-current", i - 1 === layer && h === head);
-        switched.update();
-        cell.toggleAttribute("data-off", !switched.box.checked);
-      });
-      children(lens, 3, () => element("li", {}, element("span"), element("small"))).forEach((item, k) => {
-        const { piece, probability } = trace.lens[i][selected][k];
-        item.firstChild.textContent = word(piece);
-        item.lastChild.textContent = percent(probability);
-        item.style.setProperty("--value", probability);
+    const from = readableFrom(app);
+    const view = app.view ?? { layer: Math.max(0, from - 1), head: null };
+    const all = (i, h) => attentionRow(trace.attention[i], heads, trace.ids.length, selected, h);
+    const look = (i, h) => all(i, h).subarray(first, first + count);
+    const share = (i, h) => percent(look(i, h).reduce((sum, weight) => sum + weight, 0));
+    strip.update(all(view.layer, view.head));
+    grid.update({ picture, weights: look(view.layer, view.head), selected: selected - first, count });
+    table.update(picture, view, look);
+    table.caption.textContent += skipLayers.has(view.layer)
+      ? ": switched off"
+      : `: ${share(view.layer, view.head)} of its attention is on the picture, the rest on words`;
+    const piece = trace.lens.at(-1)[selected][0].piece;
+    readable.textContent =
+      from === 0
+        ? `“${word(piece)}” is the likeliest next word before any layer.`
+        : `“${word(piece)}” is the likeliest next word from layer ${from} on. It need not be made only there: later ` +
+          "layers can make up for one that is switched off.";
+    table.rows.forEach((node, i) => {
+      const off = i > 0 && layerToggles[i - 1].has();
+      node.toggleAttribute("data-off", off);
+      node.toggleAttribute("data-readable", i >= from);
+      if (i) layerToggles[i - 1].box.checked = !off;
+      for (const [h, { box, share: label, has }] of (headToggles[i - 1] ?? []).entries()) {
+        [box.checked, box.disabled] = [!has(), off];
+        label.textContent = off ? "–" : share(i - 1, h);
+        table.cells[i - 1][h].firstChild.disabled = off;
+        table.cells[i - 1][h].toggleAttribute("data-off", off || has());
+      }
+      const item = () => element("li", {}, element("span"), element("small"));
+      children(lenses[i], 3, item).forEach((line, k) => {
+        const { piece: guess, probability } = trace.lens[i][selected][k];
+        line.firstChild.textContent = word(guess);
+        line.lastChild.textContent = percent(probability);
+        line.style.setProperty("--value", probability);
+        line.toggleAttribute("data-final", guess === piece);
       });
     });
+    carriers.update();
   }
-  const left = element("div", {}, grid.node, caption, average);
-  return {
-    nodes: [div("wide", strip.node), left, div("layers", title, ...rows.map(({ node }) => node))],
-    update,
-  };
+  const sums = element(
+    "p",
+    { class: "caption" },
+    "Each head’s attention sums to 100 %, over words and picture. A head that finds nothing must still look somewhere: ",
+    "a share of 100 % may be spread over empty ground, and bring nothing.",
+  );
+  const left = element("div", {}, grid.node, ...table.nodes, carriers.node);
+  return { nodes: [strip.node, left, element("div", {}, readable, table.table, sums)], update };
+}
+
+/**
+ * Which image tokens carry the next word: each of them alone, among those of an empty picture, and how likely the word
+ * then is. That is an experiment of one run of the decoder per image token, which starts when the page is at rest.
+ */
+function carriersFigure(app, onPick) {
+  const grid = patchGrid("Image tokens, each alone", onPick);
+  const title = element("h3");
+  const result = caption();
+  let empty; // the image tokens of an empty picture (P, D)
+  let key = ""; // of the experiment that is shown
+  let timer;
+
+  async function experiment() {
+    const { trace, selected, patchCount: count, tokenPicture: picture, config } = app;
+    const id = likeliest(app);
+    const ids = trace.ids.slice(0, selected + 1);
+    const own = key;
+    const everything = { interventions: { hiddenPatches: [...Array(count).keys()] }, maxNewTokens: 1 };
+    empty ??= (await app.ask(everything)).features;
+    const likelihood = async (features) => (await app.nextToken({ ids, features })).probabilities[id];
+    const width = config.text_config.hidden_size;
+    const without = await likelihood(empty);
+    if (without > 0.5) {
+      if (own !== key) return; // the page has moved on
+      result.textContent = `None is needed: the word is ${percent(without)} likely without the picture, too.`;
+      grid.node.dataset.done = "";
+      return;
+    }
+    const alone = [];
+    for (let patch = 0; patch < count; patch++) {
+      const features = empty.slice();
+      features.set(row(trace.features, patch, width), patch * width);
+      alone.push(await likelihood(features));
+      if (own !== key) return; // the page has moved on
+      const weights = Array.from({ length: count }, (_, i) => Math.max(0, (alone[i] ?? 0) - without));
+      grid.update({ picture, weights, count });
+    }
+    const best = argmax(alone);
+    const strong = alone.filter((likely) => likely - without > 0.5 * (alone[best] - without)).length;
+    const others = strong === 1 ? "" : `, and ${strong - 1} more nearly as well`;
+    result.textContent =
+      alone[best] - without < 0.1
+        ? `None by itself: at best it is ${percent(alone[best])} likely, and ${percent(without)} without the picture.`
+        : `The one in ${placeName(best, count)}${others}: alone, it makes the word ${percent(alone[best])} likely. ` +
+          `Without the picture it is ${percent(without)}.`;
+    grid.node.dataset.done = "";
+  }
+
+  function update() {
+    const { trace, selected, patchCount: count, tokenPicture: picture, runs } = app;
+    const now = `${runs} ${selected}`;
+    if (now === key) return;
+    key = now;
+    clearTimeout(timer);
+    delete grid.node.dataset.done;
+    title.textContent = `Which image tokens carry “${word(app.pieces[likeliest(app)])}”?`;
+    grid.update({ picture, weights: new Float32Array(count), count });
+    const after = selected >= trace.isImage.lastIndexOf(true);
+    result.textContent = after ? "Trying each image token alone …" : "Choose a token after the picture to see.";
+    if (after) timer = setTimeout(experiment, 700);
+  }
+  const about = element("p", { class: "caption" }, "Lit: tokens with which the word stays likely when all the ",
+    "others are replaced with those of an empty picture.");
+  return { node: div("carriers", title, grid.node, result, about), update };
 }
 
 /** Temperature, top-k and top-p as sliders. */
@@ -182,24 +243,23 @@ function samplingSliders(app) {
     };
     return { node: element("label", { class: "slider" }, element("span", {}, label, value), input), update };
   });
-  return {
-    node: div("sliders", ...sliders.map(({ node }) => node)),
-    update: () => sliders.forEach((slider) => slider.update()),
-  };
+  const node = div("sliders", ...sliders.map((slider) => slider.node));
+  return { node, update: () => sliders.forEach((slider) => slider.update()) };
 }
 
 /** The sampling settings as llava.js takes them. */
-function samplingOptions({ temperature, topK, topP }) {
-  return { temperature, topK: topK > 20 ? undefined : topK, topP: topP === 1 ? undefined : topP };
-}
+const samplingOptions = ({ temperature, topK, topP }) => ({
+  temperature,
+  topK: topK > 20 ? undefined : topK,
+  topP: topP === 1 ? undefined : topP,
+});
 
-/** The probabilities after the chosen position (V), and the most likely ids in their order. */
-function nextWords(app, options) {
-  const { trace, selected, vocabulary } = app;
-  const probabilities = distribution(row(trace.logits, selected, vocabulary), options);
-  const plain = distribution(row(trace.logits, selected, vocabulary), { temperature: 1 });
+/** Probabilities after the selected position (V): as the settings make them, as the model gave them; ids in order. */
+function nextWords(app) {
+  const logits = row(app.trace.logits, app.selected, app.vocabulary);
+  const plain = distribution(logits, { temperature: 1 });
   const order = [...plain.keys()].sort((a, b) => plain[b] - plain[a]);
-  return { probabilities, plain, order };
+  return { logits, probabilities: distribution(logits, samplingOptions(app.sampling)), plain, order };
 }
 
 /** The most likely next words, before and after temperature, top-k and top-p. */
@@ -207,30 +267,30 @@ export function distributionPanel(app) {
   const strip = positionStrip(app);
   const sliders = samplingSliders(app);
   const chart = bars();
-  const heading = element("h3");
+  const rest = element("p", { class: "caption" });
 
   function update() {
-    const { probabilities, plain, order } = nextWords(app, samplingOptions(app.sampling));
-    strip.update(app.trace, app);
+    const { logits, probabilities, plain, order } = nextWords(app);
+    const warm = distribution(logits, { temperature: app.sampling.temperature }); // before top-k and top-p drop any
+    const seen = order.filter((id) => Math.max(plain[id], warm[id]) >= 1e-4);
+    const shown = seen.slice(0, 10);
+    strip.update();
     sliders.update();
-    heading.textContent = `After “${context(app.trace, app.selected)}”`;
-    chart.update(
-      order.slice(0, 10).map((id) => ({ piece: app.pieces[id], probability: probabilities[id], was: plain[id] })),
-    );
+    chart.update(shown.map((id) => ({ piece: app.pieces[id], probability: probabilities[id], was: plain[id] })));
+    const others = order.length - seen.length;
+    rest.textContent =
+      (seen.length > shown.length ? `${seen.length - shown.length} more are less likely than these. ` : "") +
+      (others ? `The other ${others} tokens have less than 0.01 % each.` : "");
   }
   const key = legend(["now", "with these settings"], ["was", "as the model gave them"]);
-  return {
-    nodes: [div("wide", strip.node), sliders.node, element("div", {}, heading, chart.node, key)],
-    update,
-  };
+  return { nodes: [strip.node, sliders.node, element("div", {}, chart.node, rest, key)], update };
 }
 
 /** A draw from the distribution: the words as segments of a line; and whole sampled answers. */
 export function wordPanel(app) {
   const strip = positionStrip(app);
   const sliders = samplingSliders(app);
-  const heading = element("h3");
-  const line = element("div", { class: "line" });
+  const line = div("line");
   const marker = element("i", { class: "marker" });
   const result = element("p", { "aria-live": "polite" });
   const answers = element("ol", { class: "answers" });
@@ -250,11 +310,9 @@ export function wordPanel(app) {
   });
 
   function update() {
-    const options = samplingOptions(app.sampling);
-    const { probabilities, order } = nextWords(app, options);
-    strip.update(app.trace, app);
+    const { probabilities, order } = nextWords(app);
+    strip.update();
     sliders.update();
-    heading.textContent = `After “${context(app.trace, app.selected)}”`;
     if (trace !== app.trace) answers.replaceChildren(); // they were about another scene or question
     trace = app.trace;
     // The segments go from the most likely word to the least likely; those too small to see are left grey.
@@ -267,19 +325,10 @@ export function wordPanel(app) {
       segment.title = `${name} ${percent(sorted[i])}`;
     });
     marker.style.left = `${100 * number}%`;
-    const greedy = word(app.pieces[order[0]]);
-    const drawn = word(app.pieces[order[sample(sorted, () => number)]]);
+    const [greedy, drawn] = [order[0], order[sample(sorted, () => number)]].map((id) => word(app.pieces[id]));
     const text = `Greedy decoding takes “${greedy}”. Sampling with ${number.toFixed(3)} takes “${drawn}”.`;
     if (result.textContent !== text) result.textContent = text;
   }
-  const right = element(
-    "div",
-    {},
-    heading,
-    div("line-box", line, marker),
-    result,
-    div("actions", draw, several),
-    answers,
-  );
-  return { nodes: [div("wide", strip.node), sliders.node, right], update };
+  const right = element("div", {}, div("line-box", line, marker), result, div("actions", draw, several), answers);
+  return { nodes: [strip.node, sliders.node, right], update };
 }

@@ -6,13 +6,11 @@
 import { argmax, softmax } from "./tensor.js";
 
 /**
- * Logits (V) -> logits (V) of the distribution to sample from: temperature first, then top-k, then top-p.
- * @param {Float32Array} logits (V)
- * @param {{temperature: number, topK?: number, topP?: number}} options temperature above 0; topK: keep the k most
- *     likely tokens; topP: keep the smallest set of most likely tokens whose probabilities sum to at least p
- * @returns {Float32Array} (V), -Infinity for the tokens that are dropped
+ * Logits (V) -> logits (V) of the distribution to sample from: divided by the temperature (above 0), then -Infinity for
+ * all but the k most likely tokens, then for all but the smallest set of most likely tokens whose probabilities sum to
+ * at least p.
  */
-export function filterLogits(logits, { temperature, topK, topP }) {
+function filterLogits(logits, { temperature, topK, topP }) {
   logits = logits.map((logit) => logit / temperature);
   if (topK) {
     const kth = logits.slice().sort().at(-Math.min(topK, logits.length));
@@ -30,13 +28,7 @@ export function filterLogits(logits, { temperature, topK, topP }) {
   return logits;
 }
 
-/**
- * The distribution of the next token.
- * @param {Float32Array} logits (V)
- * @param {{temperature?: number, topK?: number, topP?: number}} options as for `filterLogits`; a temperature of 0 is
- *     greedy decoding
- * @returns {Float32Array} probabilities (V); at temperature 0, 1 for the most likely token
- */
+/** Logits (V) -> probabilities of the next token (V). A temperature of 0 is greedy decoding: 1 for the likeliest. */
 export function distribution(logits, { temperature = 0, topK, topP } = {}) {
   if (temperature === 0) {
     const best = argmax(logits);
@@ -45,12 +37,7 @@ export function distribution(logits, { temperature = 0, topK, topP } = {}) {
   return softmax(filterLogits(logits, { temperature, topK, topP }));
 }
 
-/**
- * Samples a token.
- * @param {Float32Array} probabilities (V)
- * @param {() => number} random returns numbers in [0, 1), such as Math.random
- * @returns {number} its id
- */
+/** Samples from probabilities (V) -> an id; random() returns numbers in [0, 1), as Math.random does. */
 export function sample(probabilities, random) {
   let rest = random();
   let last = 0;

@@ -2,29 +2,13 @@
  * The scene editor: shapes that can be dragged and changed, or an image file in their place.
  *
  * Each thing on the canvas is covered by a transparent button, its handle, which makes it reachable by mouse, touch and
- * keyboard alike.
+ * keyboard alike. Where it is dropped it snaps to the middle of its cell, unless "Place freely" is checked.
  */
 
 import { element } from "./figures.js";
 import {
-  cell,
-  choose,
-  clamp,
-  COLOURS,
-  FINE,
-  groundCanvas,
-  HELD_OUT,
-  makeGround,
-  makeThing,
-  makeThings,
-  outline,
-  paint,
-  picture,
-  recolour,
-  resize,
-  SHAPES,
-  SIDE,
-  SIZES,
+  CELL, cell, choose, clamp, COLOURS, FINE, groundCanvas, HELD_OUT, makeGround, makeThing, makeThings, middle, outline,
+  paint, picture, recolour, resize, SHAPES, SIDE, SIZES,
 } from "./world.js";
 
 const MOST = 6; // things in a scene
@@ -32,20 +16,12 @@ const MOST = 6; // things in a scene
 /** A small drawing of a shape for the buttons. */
 function icon(shape) {
   const path = shape === "circle" ? "M2 10a8 8 0 1 0 16 0a8 8 0 1 0-16 0Z" : `M${outline(shape, 10, 10, 8).join("L")}Z`;
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 20 20");
-  svg.setAttribute("aria-hidden", "true");
-  svg.append(document.createElementNS("http://www.w3.org/2000/svg", "path"));
-  svg.firstChild.setAttribute("d", path);
-  return svg;
+  const holder = element("span");
+  holder.innerHTML = `<svg viewBox="0 0 20 20" aria-hidden="true"><path d="${path}"/></svg>`;
+  return holder.firstChild;
 }
 
-/**
- * Makes the editor out of the elements of index.html.
- *
- * @param {(changed: "things" | "places") => void} onChange called after each change of what is there or of where it is
- * @returns {{things: object[], picture: (side: number) => Uint8ClampedArray}}
- */
+/** Makes the editor. onChange("things" or "places") is called after each change of what is there or of where it is. */
 export function createScene(onChange) {
   const find = (id) => document.getElementById(id);
   const view = find("view");
@@ -53,12 +29,7 @@ export function createScene(onChange) {
   const note = find("scene-note");
   const file = find("photo-file");
   const pickers = find("pickers");
-  let ground = groundCanvas([
-    [196, 199, 203],
-    [228, 226, 222],
-    [168, 165, 170],
-    [204, 207, 202],
-  ]);
+  let ground = groundCanvas([[196, 199, 203], [228, 226, 222], [168, 165, 170], [204, 207, 202]]);
   let things = [
     makeThing("red", "circle", "large", 17, 16),
     makeThing("blue", "star", "large", 79, 47),
@@ -69,10 +40,7 @@ export function createScene(onChange) {
 
   const choices = {
     shape: SHAPES.map((shape) => [shape, icon(shape)]),
-    colour: Object.keys(COLOURS).map((colour) => [
-      colour,
-      element("i", { style: `background: rgb(${COLOURS[colour]})` }),
-    ]),
+    colour: Object.entries(COLOURS).map(([name, rgb]) => [name, element("i", { style: `background: rgb(${rgb})` })]),
     size: Object.keys(SIZES).map((size) => [size, size]),
   };
   for (const [attribute, values] of Object.entries(choices)) {
@@ -101,11 +69,19 @@ export function createScene(onChange) {
     onChange("places");
   }
 
+  /** Moves a thing to the middle of the cell at (x, y). One that is already there gets its old place, `from`. */
+  function snap(thing, x, y, from) {
+    const [column, row] = [middle(x), middle(y)];
+    const there = things.find((other) => other !== thing && middle(other.x) === column && middle(other.y) === row);
+    if (there) [there.x, there.y] = from.map(middle);
+    move(thing, column, row);
+  }
+
   /** The handle of the i-th thing: a button on top of it, dragged by pointer or moved by the arrow keys. */
   function makeHandle(i) {
     const handle = element("button", { class: "handle", type: "button" });
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
-    let grip = null; // where in the thing it is held
+    let grip = null; // where in the thing it is held, and where that was
     const place = (event) => {
       const box = view.getBoundingClientRect();
       return [((event.clientX - box.left) / box.width) * SIDE, ((event.clientY - box.top) / box.height) * SIDE];
@@ -115,22 +91,31 @@ export function createScene(onChange) {
       handle.setPointerCapture(event.pointerId);
       handle.focus();
       const [x, y] = place(event);
-      grip = [x - things[i].x, y - things[i].y];
+      grip = { dx: x - things[i].x, dy: y - things[i].y, from: [things[i].x, things[i].y] };
       select(i);
     });
     handle.addEventListener("pointermove", (event) => {
       if (!grip) return;
+      view.dataset.dragging = "";
       const [x, y] = place(event);
-      move(things[i], x - grip[0], y - grip[1]);
+      move(things[i], x - grip.dx, y - grip.dy);
     });
-    for (const end of ["pointerup", "pointercancel"]) handle.addEventListener(end, () => (grip = null));
+    for (const end of ["pointerup", "pointercancel"]) {
+      handle.addEventListener(end, () => {
+        const thing = things[i];
+        if ("dragging" in view.dataset && !find("free").checked) snap(thing, thing.x, thing.y, grip.from);
+        delete view.dataset.dragging;
+        grip = null;
+      });
+    }
     handle.addEventListener("keydown", (event) => {
       const thing = things[i];
       const key = event.key.toLowerCase();
       const cycle = (list, value) => list[(list.indexOf(value) + 1) % list.length];
       const [dx, dy] = step[event.key] ?? [0, 0];
-      const pixels = event.shiftKey ? 1 : 4;
-      if (dx || dy) move(thing, thing.x + pixels * dx, thing.y + pixels * dy);
+      const free = event.shiftKey || find("free").checked;
+      if ((dx || dy) && free) move(thing, thing.x + 2 * dx, thing.y + 2 * dy);
+      else if (dx || dy) snap(thing, thing.x + CELL * dx, thing.y + CELL * dy, [thing.x, thing.y]);
       else if (event.key === "Delete" || event.key === "Backspace") remove();
       else if (event.ctrlKey || event.metaKey || event.altKey) return;
       else if (key === "c") change("colour", cycle(Object.keys(COLOURS), thing.colour));
@@ -148,7 +133,7 @@ export function createScene(onChange) {
   }
 
   function add() {
-    const free = [4, 0, 8, 2, 6, 1, 7, 3, 5].map((i) => [32 * (i % 3) + 16, 32 * Math.floor(i / 3) + 16]);
+    const free = [4, 0, 8, 2, 6, 1, 7, 3, 5].map((i) => [CELL * (i % 3) + 16, CELL * Math.floor(i / 3) + 16]);
     const far = ([x, y]) => Math.min(...things.map((thing) => Math.hypot(thing.x - x, thing.y - y)));
     const [x, y] = free.find((spot) => far(spot) > 24) ?? free[0];
     const taken = things.map(({ colour }) => colour);
@@ -188,13 +173,18 @@ export function createScene(onChange) {
 
   function remark() {
     if (photo) return "The model was trained on drawn shapes only: it will describe any photo in their words.";
+    const name = ({ colour, shape }) => `${colour} ${shape}`;
+    const astray = things.find(({ x, y }) => [x, y].some((place) => Math.abs(place - middle(place)) > 6));
+    if (astray)
+      return (
+        `The ${name(astray)} lies between the cells of the 3 × 3 grid, where no training picture has a shape: ` +
+        "the answer may be wrong."
+      );
+    if (new Set(things.map(cell)).size < things.length)
+      return "Two shapes are in the same cell, as in no training picture: the answer may be wrong.";
     if (things.length > 3) return "The model has never seen more than three things. See what it makes of these.";
-    const unseen = things.find((thing) => HELD_OUT.includes(`${thing.colour} ${thing.shape}`));
-    if (unseen)
-      return `No training picture has a ${unseen.colour} ${unseen.shape}. The model has to combine what it knows.`;
-    const far = ({ x, y }) => [x, y].some((place) => Math.abs((place % 32) - 16) > 6);
-    if (things.some(far))
-      return "In training every shape was near the centre of one of 3 × 3 cells. Elsewhere the model is less sure.";
+    const unseen = things.find((thing) => HELD_OUT.includes(name(thing)));
+    if (unseen) return `No training picture has a ${name(unseen)}: the model has to combine what it knows.`;
     if (things.length === 0) return "Every training picture has at least one thing. See what it makes of none.";
     return "";
   }

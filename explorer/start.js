@@ -8,6 +8,9 @@
 /** The text of an inlined file, or undefined if the page is served over HTTP. */
 const inlined = (name) => document.getElementById(name)?.textContent;
 
+/** Whether this is the self-contained file. */
+export const selfContained = inlined("model.bin") !== undefined;
+
 /** Starts the worker, which answers messages as worker.js describes. The first one must be {call: "load", buffer}. */
 export function createWorker() {
   const source = inlined("worker.js");

@@ -54,14 +54,8 @@ export function linear(x, { weight, bias }) {
       const next = row(t + 1, length);
       const x0 = t * inputs;
       const x1 = next * inputs;
-      let a0 = 0,
-        a1 = 0,
-        a2 = 0,
-        a3 = 0,
-        b0 = 0,
-        b1 = 0,
-        b2 = 0,
-        b3 = 0; // an array of them would be slow
+      let a0 = 0, a1 = 0, a2 = 0, a3 = 0; // an array of them would be slow
+      let b0 = 0, b1 = 0, b2 = 0, b3 = 0;
       for (let i = 0; i < inputs; i++) {
         const a = x[x0 + i];
         const b = x[x1 + i];
@@ -135,14 +129,8 @@ export function argmax(values) {
 }
 
 /**
- * F.scaled_dot_product_attention with T queries and S keys, which also returns where each query looked.
- * @param {Float32Array} q (T, H * Dh)
- * @param {Float32Array} k (S, H * Dh)
- * @param {Float32Array} v (S, H * Dh)
- * @param {number} headDim Dh
- * @param {number} heads H
- * @param {boolean} causal whether a query sees only keys up to its own position; the queries are the last T of S
- * @returns {{output: Float32Array, weights: Float32Array}} (T, H * Dh), and attention weights (H, T, S)
+ * F.scaled_dot_product_attention of q (T, H * Dh), k and v (S, H * Dh), which also returns where each query looked:
+ * {output (T, H * Dh), weights (H, T, S)}. The queries are the last T of S; with `causal`, they see no later keys.
  */
 export function scaledDotProductAttention(q, k, v, headDim, heads, causal) {
   const width = heads * headDim;

@@ -1,5 +1,5 @@
 /**
- * The tokenizer: text to token ids and back, and the chat prompt that LLaVA was trained on. The counterpart of
+ * The tokenizer: text to token ids and back, and the prompt of a question, as LLaVA was trained on it. The counterpart of
  * tokenizer.py, with SentencePiece's BPE, which Python leaves to the sentencepiece library.
  *
  *     "What is this?" -> "▁What▁is▁this?" -> characters, merged in pairs into pieces -> ids
@@ -17,11 +17,7 @@ const NORMAL = 1; // SentencePiece's number for the type of a piece that is text
 const BYTE = 6; // "<0x00>" to "<0xFF>"
 
 export class LlamaTokenizer {
-  /**
-   * @param {object} config of model.bin: `pieces` (the texts of the vocabulary by id, SentencePiece's pieces first,
-   *     then the added tokens), `pieceScores` and `pieceTypes` (SentencePiece's only), `addBosToken`, `bosTokenId`,
-   *     `eosTokenId`, `skippedIds`
-   */
+  /** The config of model.bin has the texts of the vocabulary, SentencePiece's first, with their scores and types. */
   constructor(config) {
     this.config = config;
     this.scores = new Map(); // text of each piece that text may contain -> its score
@@ -35,29 +31,13 @@ export class LlamaTokenizer {
   // From text to ids
 
   /**
-   * Encodes a conversation in the format that LLaVA-1.5 was trained on:
-   *
-   *     <s>{system} USER: {question} ASSISTANT: {answer}</s>USER: {question} ASSISTANT: {answer}</s>
-   *
-   * Typed text never becomes a control token, except `<image>` in a question.
-   * @param {[string, string | null][]} turns questions and answers; after an answer of null the prompt ends at
-   *     "ASSISTANT:"
-   * @param {{system?: string, continued?: boolean}} options a system prompt; whether the turns follow an earlier `</s>`
-   * @returns {number[]} the ids, with one `<image>` for each in the questions
+   * Encodes a question as `encode_chat` does: "<s>USER: {question} ASSISTANT:" -> ids, with one `<image>` for each in
+   * the question. Nothing else that is typed becomes a control token.
    */
-  encodeChat(turns, { system = "", continued = false } = {}) {
-    const { addBosToken, bosTokenId, eosTokenId, image_token_index } = this.config;
-    const ids = addBosToken && !continued ? [bosTokenId] : [];
-    let lead = system ? `${system} ` : "";
-    for (const [question, answer] of turns) {
-      const segments = `${lead}USER: ${question} ASSISTANT:`.split(IMAGE_TOKEN);
-      lead = "";
-      const rest = segments.pop();
-      for (const segment of segments) ids.push(...this.encodePlain(segment), image_token_index);
-      ids.push(...this.encodePlain(answer === null ? rest : `${rest} ${answer}`));
-      if (answer !== null) ids.push(eosTokenId);
-    }
-    return ids;
+  encodePrompt(question) {
+    const { addBosToken, bosTokenId, image_token_index } = this.config;
+    const [first, ...rest] = `USER: ${question} ASSISTANT:`.split(IMAGE_TOKEN).map((text) => this.encodePlain(text));
+    return [...(addBosToken ? [bosTokenId] : []), ...first, ...rest.flatMap((ids) => [image_token_index, ...ids])];
   }
 
   /** SentencePiece's encoding of plain text: a space in front, then BPE. Text -> ids. */

@@ -10,11 +10,8 @@
 import { ACTIVATIONS, add, layerNorm, linear, scaledDotProductAttention } from "./tensor.js";
 
 /**
- * LlavaImageProcessor, for an image that already has the model's size: rescales and normalises. Transparent parts are
- * composited onto white.
- * @param {Uint8ClampedArray} rgba (96, 96, 4), 0 to 255
- * @param {object} config with imageMean and imageStd, (3)
- * @returns {Float32Array} (3, 96, 96)
+ * LlavaImageProcessor, for an image that already has the model's size: RGBA (S, S, 4) of 0 to 255, composited onto
+ * white, -> (3, S, S), rescaled and normalised.
  */
 export function imageProcessor(rgba, config) {
   const count = rgba.length / 4;
@@ -33,11 +30,8 @@ export function imageProcessor(rgba, config) {
 }
 
 /**
- * Cuts pixels into patches, row by row from the top left. Python leaves this to nn.Conv2d, whose stride is the size of
- * its kernel: a linear layer on each patch.
- * @param {Float32Array} pixels (3, 96, 96)
- * @param {object} config vision_config
- * @returns {Float32Array} (P, 3 * p * p), each patch channel by channel
+ * Cuts pixels (3, S, S) into patches (P, 3 * p * p), row by row from the top left, each channel by channel. Python
+ * leaves this to nn.Conv2d, whose stride is the size of its kernel: a linear layer on each patch.
  */
 export function toPatches(pixels, config) {
   const { image_size: side, patch_size: patch } = config;
@@ -90,12 +84,8 @@ function clipEncoderLayer(x, layer, config) {
 }
 
 /**
- * CLIPVisionModel: all hidden states, even those after the layer that LLaVA uses.
- * @param {Float32Array} patches (P, 3 * p * p), from `toPatches`
- * @param {object} tower model.vision_tower
- * @param {object} config vision_config
- * @returns {{hiddenStates: Float32Array[], attention: Float32Array[]}} L + 1 hidden states (1 + P, Dv), where 0 is the
- *     input of the first layer; L attention weights (H, 1 + P, 1 + P)
+ * CLIPVisionModel: patches (P, 3 * p * p) -> {hiddenStates: L + 1 of (1 + P, Dv), even those after the layer that LLaVA
+ * uses, where 0 is the input of the first layer; attention: L weights (H, 1 + P, 1 + P)}.
  */
 export function clipVisionModel(patches, tower, config) {
   let x = layerNorm(clipVisionEmbeddings(patches, tower.embeddings), tower.pre_layrnorm, config.layer_norm_eps);

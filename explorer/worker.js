@@ -1,14 +1,14 @@
 /**
  * The Web Worker around llava.js: the model computes here, so that the page stays responsive.
  *
- *     {id, call: "load", buffer}        -> {id, config}, where buffer is the content of model.bin
- *     {id, call: "answer", ...request}  -> {id, token} for each token, then {id, ...trace}
+ *     {id, call: "load", buffer}         -> {id, config}, where buffer is the content of model.bin
+ *     {id, call: "answer", ...request}   -> {id, token} for each token, then {id, ...trace}
+ *     {id, call: "nextToken", ...}       -> {id, probabilities}
  *
- * `id` is chosen by the page and returned with every reply. A call that fails gets {id, error}, a sentence. For what is
- * in a request, a token and a trace see `answer` in llava.js.
+ * `id` is chosen by the page and returned with every reply. A call that fails gets {id, error}, a sentence.
  */
 
-import { answer, loadModel } from "./llava.js";
+import { answer, loadModel, nextToken } from "./llava.js";
 
 let model;
 
@@ -20,6 +20,7 @@ const calls = {
   answer({ id, ...request }) {
     return answer(model, request, (token) => self.postMessage({ id, token }));
   },
+  nextToken: (request) => nextToken(model, request),
 };
 
 self.onmessage = ({ data: { call, ...request } }) => {

@@ -6,7 +6,7 @@
  * A thing is {colour, shape, size, x, y, radius, tint}. Unlike in Python it may be anywhere: x and y go from 0 to 96.
  */
 
-import { element } from "./figures.js";
+import { canvas } from "./figures.js";
 
 export const COLOURS = {
   red: [214, 39, 40],
@@ -19,9 +19,10 @@ export const COLOURS = {
   cyan: [60, 200, 220],
 };
 export const SHAPES = ["circle", "square", "triangle", "star", "cross", "diamond", "heart"];
-export const SIZES = { small: [8, 9], large: [13, 14] }; // range of the radius in pixels
+export const SIZES = { small: [8, 10], large: [13, 15] }; // range of the radius in pixels
 export const HELD_OUT = ["red star", "blue triangle", "yellow square"]; // in no training picture
 export const SIDE = 96; // the world's coordinates, whatever the size of the canvas
+export const CELL = SIDE / 3; // of the grid, in whose cells the things of the training pictures are
 export const FINE = 3; // drawn larger by this factor and then reduced, which smooths the edges
 
 const uniform = (low, high) => low + Math.random() * (high - low);
@@ -31,22 +32,12 @@ export const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 /** The corners of any shape but a circle, centred at (x, y). */
 export function outline(shape, x, y, radius) {
-  if (shape === "square") {
-    const r = 0.88 * radius;
-    return [
-      [x - r, y - r],
-      [x + r, y - r],
-      [x + r, y + r],
-      [x - r, y + r],
-    ];
-  }
-  if (shape === "diamond") {
-    return [
-      [x, y - radius],
-      [x + 0.8 * radius, y],
-      [x, y + radius],
-      [x - 0.8 * radius, y],
-    ];
+  const around = (corners) => corners.map(([dx, dy]) => [x + radius * dx, y + radius * dy]);
+  if (shape === "square") return around([[-0.88, -0.88], [0.88, -0.88], [0.88, 0.88], [-0.88, 0.88]]);
+  if (shape === "diamond") return around([[0, -1], [0.8, 0], [0, 1], [-0.8, 0]]);
+  if (shape === "cross") {
+    const half = [[-0.36, -1], [0.36, -1], [0.36, -0.36], [1, -0.36], [1, 0.36], [0.36, 0.36]];
+    return around([...half, ...half.map(([dx, dy]) => [-dx, -dy])]);
   }
   if (shape === "heart") {
     return Array.from({ length: 24 }, (_, i) => {
@@ -54,18 +45,6 @@ export function outline(shape, x, y, radius) {
       const height = (13 * one - 5 * two - 2 * three - four) / 16;
       return [x + radius * Math.sin((Math.PI * i) / 12) ** 3, y - radius * height];
     });
-  }
-  if (shape === "cross") {
-    const [a, b] = [0.36 * radius, radius];
-    const half = [
-      [-a, -b],
-      [a, -b],
-      [a, -a],
-      [b, -a],
-      [b, a],
-      [a, a],
-    ]; // the other half is opposite
-    return [...half, ...half.map(([dx, dy]) => [-dx, -dy])].map(([dx, dy]) => [x + dx, y + dy]);
   }
   const [points, inner] = shape === "triangle" ? [3, 0.55] : [5, 0.42];
   return Array.from({ length: 2 * points }, (_, i) => {
@@ -111,7 +90,7 @@ export function makeThings() {
   return Array.from({ length: choose([1, 2, 2, 2, 3, 3, 3, 3, 3, 3]) }, () => {
     const [pair] = known.splice(integer(0, known.length - 1), 1);
     const [cell] = cells.splice(integer(0, cells.length - 1), 1);
-    const [x, y] = [cell % 3, Math.floor(cell / 3)].map((place) => 32 * place + 16 + uniform(-2, 2));
+    const [x, y] = [cell % 3, Math.floor(cell / 3)].map((place) => CELL * (place + 0.5) + uniform(-2, 2));
     return makeThing(...pair, choose(Object.keys(SIZES)), x, y);
   });
 }
@@ -127,16 +106,16 @@ export function groundCanvas(corners) {
     const [top, bottom] = [mix(corners[0][c], corners[1][c], x), mix(corners[2][c], corners[3][c], x)];
     image.data[i] = c === 3 ? 255 : Math.round(mix(top, bottom, y));
   }
-  const canvas = element("canvas", { width, height: width });
-  canvas.getContext("2d").putImageData(image, 0, 0);
-  return canvas;
+  const ground = canvas(width, width);
+  ground.getContext("2d").putImageData(image, 0, 0);
+  return ground;
 }
 
 /** Draws ground and things onto a square canvas. */
-export function paint(canvas, ground, things) {
-  const context = canvas.getContext("2d");
-  const scale = canvas.width / SIDE;
-  context.drawImage(ground, 0, 0, canvas.width, canvas.width);
+export function paint(target, ground, things) {
+  const context = target.getContext("2d");
+  const scale = target.width / SIDE;
+  context.drawImage(ground, 0, 0, target.width, target.width);
   for (const { shape, x, y, radius, tint } of things) {
     context.fillStyle = `rgb(${tint})`;
     context.beginPath();
@@ -146,17 +125,12 @@ export function paint(canvas, ground, things) {
   }
 }
 
-/**
- * The picture that the model sees: drawn larger and then reduced, which smooths the edges.
- * @param {number} side in pixels
- * @param {(canvas: HTMLCanvasElement) => void} draw such as `paint`
- * @returns {Uint8ClampedArray} RGBA (side, side, 4)
- */
+/** What draw(canvas) draws, as the model gets it: drawn larger and then reduced, which smooths the edges. RGBA. */
 export function picture(side, draw) {
   const width = FINE * side;
-  const canvas = element("canvas", { width, height: width });
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  draw(canvas);
+  const large = canvas(width, width);
+  const context = large.getContext("2d", { willReadFrequently: true });
+  draw(large);
   const fine = context.getImageData(0, 0, width, width).data;
   const sums = new Float32Array(4 * side * side);
   for (let i = 0; i < fine.length; i++) {
@@ -166,9 +140,12 @@ export function picture(side, draw) {
   return Uint8ClampedArray.from(sums, (sum) => sum / FINE ** 2); // rounds to the nearest
 }
 
+/** The middle of the cell of the grid that a place is in, along one axis. */
+export const middle = (place) => CELL * clamp(Math.floor(place / CELL), 0, 2) + CELL / 2;
+
 /** "top left", "centre", ...: the cell of the grid that a thing is in. */
 export function cell({ x, y }) {
-  const [row, column] = [y, x].map((place) => clamp(Math.floor(place / 32), 0, 2));
+  const [row, column] = [y, x].map((place) => clamp(Math.floor(place / CELL), 0, 2));
   const names = [["top", "middle", "bottom"][row], ["left", "centre", "right"][column]];
   return row === 1 && column === 1 ? "centre" : names.join(" ");
 }

@@ -23,7 +23,7 @@ from config import LlavaConfig
 from extras.machine import keep_freed_memory
 from extras.matmul import is_installed
 from extras.quantize import CompactLinear, refuse_nan
-from load import assign, read_tensor, stored_tensors
+from load import assign, load_weights, read_tensor, stored_tensors
 from processor import LlavaProcessor
 from vision import LlavaImageProcessor
 
@@ -45,21 +45,19 @@ def total(prices):
     return round(result, 2)"""
 
 
-def quantize_weights(
-    model: Any,  # noqa: ANN401
-    plain: nn.Module,
-    folder: Path,
-    device: torch.device,
-) -> None:
-    """Loads a checkpoint in floats into a model with compact layers, built on the meta device.
+def load_or_quantize(model: Any, plain: Any, folder: Path, device: torch.device) -> None:  # noqa: ANN401
+    """Fills a LlavaForConditionalGeneration on the meta device with the weights of a folder, quantised if it is to be.
 
     Args:
-        model: the LlavaForConditionalGeneration that is filled, as `load_weights` would.
-        plain: the same model without compact layers, on the meta device.
+        model: the model that is filled, as `load_weights` would.
+        plain: the same model as the folder stores it, on the meta device.
         folder, device: where the checkpoint is, and where the model will run. It is quantised on the CPU.
 
     Raises a ValueError as `stored_tensors` does.
     """
+    if model.config.quantize == plain.config.quantize:
+        load_weights(model, folder, device)
+        return
     stored = stored_tensors(plain, folder)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, CompactLinear)}
     for name, parameter in list(model.named_parameters()):

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from config import LlavaConfig
+from extras.adapters import adapter_bytes, image_processor_of
 from extras.checks import check_sampling
 from extras.images import load_image
 from extras.machine import peak_memory, pick_device
@@ -38,6 +39,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("question", nargs="?", help="default: What is shown in this image?")
     add("--image", action="append", default=[], metavar="PATH|URL|-", help="can be repeated, for several images")
     add("--model", default=str(BUILT_IN), help="checkpoint folder or name on the Hugging Face hub (default: built-in)")
+    add("--adapter", metavar="FOLDER", help="LoRA for that checkpoint, in PEFT's format: a folder or a name on the hub")
     add("--max-new-tokens", type=int, default=512, help="maximum length of the answer (default: %(default)s)")
     add("--temperature", type=float, default=0.0, help="0: greedy decoding (default); above 0: sampling")
     add("--top-k", type=int, help="sample from the k most likely tokens")
@@ -46,7 +48,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto", help="default: the first one available")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="default: float32 on a CPU")
     add("--quantize", choices=SCHEMES, help="8 or 4 bits per weight: a third or a fifth of the memory of float32")
-    add("--save", type=Path, metavar="FOLDER", help="save the model, quantised if --quantize is given, to a new folder")
+    add(
+        "--save",
+        type=Path,
+        metavar="FOLDER",
+        help="write the model to a new folder, quantised or with the --adapter",
+    )
     add("--image-mode", choices=["crop", "pad"], help="crop a long image to its centre, or pad it to a square")
     add("--short", action="store_true", help="ask for a single word or phrase")
     add("--system", nargs="?", const=VICUNA_SYSTEM, default="", help="start with this system prompt, or with Vicuna's")
@@ -63,6 +70,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("give a question, an --image, or both")
     if args.save and args.save.exists() and (not args.save.is_dir() or any(args.save.iterdir())):
         parser.error(f"--save: {args.save} exists already; choose a new folder")
+    if args.save and args.quantize and args.adapter:
+        parser.error("merge the adapter first (--adapter with --save), then quantise the result")
     if args.image.count("-") > 1 or ("-" in args.image and args.chat):
         parser.error("standard input (-) can be one image, and not together with --chat")
     if args.seed is not None and not 0 <= args.seed < 2**63:
@@ -75,27 +84,33 @@ def run(args: argparse.Namespace, model_class: Any) -> None:  # noqa: ANN401
     device = pick_device(args.device)
     images = [load_image(source) for source in args.image]
     processor = LlavaProcessor.from_pretrained(args.model)
+    if args.adapter:
+        processor.image_processor = image_processor_of(args.adapter) or processor.image_processor
     if args.image_mode:
         processor.image_processor.do_pad = args.image_mode == "pad"
     question = len((args.question or "").encode("utf-8", "replace"))  # at most so many tokens
     tokens = len(images) * processor.image_seq_length + question + args.max_new_tokens
+    adapter = adapter_bytes(args.adapter) if args.adapter else 0
     if args.save:
-        save(args, processor, model_class)
+        save(args, processor, model_class, adapter)
         if not (images or args.question or args.chat):
             return
-        args.model = args.save
-    check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens)
-    model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize)
+        args.model, args.adapter, adapter = args.save, None, 0
+    check_memory(processor.folder, model_class.planned, args.dtype, device, args.quantize, tokens, adapter)
+    model = model_class.from_pretrained(args.model, args.dtype, device, args.quantize, args.adapter)
     if model.config.quantize and device.type == "cpu" and not is_installed():
         print("llava.py: for quantised weights to be fast on a CPU, run: pip install onnxruntime", file=sys.stderr)
     converse(args, images, processor, model.generate_stream, KVCache(model), model.generation_config.eos_token_id)
 
 
-def save(args: argparse.Namespace, processor: LlavaProcessor, model_class: Any) -> None:  # noqa: ANN401
-    """Writes a checkpoint folder, quantised or in the dtype of `--dtype` (by default that of the original)."""
-    config = LlavaConfig.from_pretrained(processor.folder)
+def save(args: argparse.Namespace, processor: LlavaProcessor, model_class: Any, adapter: int) -> None:  # noqa: ANN401
+    """Writes a checkpoint folder: quantised, or in the dtype of `--dtype` (by default the original's), with the adapter
+    merged into it.
+    """
+    config, device = LlavaConfig.from_pretrained(processor.folder), torch.device("cpu")
     dtype = (args.dtype != "auto" and args.dtype) or (None if args.quantize else config.dtype) or "float32"
-    model = model_class.from_pretrained(processor.folder, dtype, "cpu", args.quantize)
+    check_memory(processor.folder, model_class.planned, dtype, device, args.quantize, 0, adapter)
+    model = model_class.from_pretrained(args.model, dtype, device, args.quantize, args.adapter)
     model.save_pretrained(args.save)
     processor.save_pretrained(args.save)
     print(f"llava.py: saved to {args.save}; ask it with --model {args.save}", file=sys.stderr)

@@ -101,7 +101,7 @@ def check_image_tokens(is_image: Tensor, features: Tensor) -> None:
         )
 
 
-def left_padding(attention_mask: Tensor | None) -> Tensor | None:
+def left_pads(attention_mask: Tensor | None) -> Tensor | None:
     """The number of padding tokens on the left of each sequence, (B,), from a mask (B, T); None if there are none.
 
     Raises a ValueError if the mask has other values than 0 and 1, a 0 between two 1s, or a sequence without any 1.

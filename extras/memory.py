@@ -17,8 +17,10 @@ WORKING_MEMORY = 5 * 10**8  # bytes for the activations of a prompt with an imag
 Plan = Callable[[LlavaConfig, str, torch.device, str | None], nn.Module]  # LlavaForConditionalGeneration.planned
 
 
-def check_memory(folder: Path, plan: Plan, dtype: str, device: torch.device, quantize: str | None, tokens: int) -> None:
-    """Raises a ValueError if the model and a cache of `tokens` tokens need more memory than is free.
+def check_memory(
+    folder: Path, plan: Plan, dtype: str, device: torch.device, quantize: str | None, tokens: int, adapter: int = 0
+) -> None:
+    """Raises a ValueError if the model, `adapter` bytes more and a cache of `tokens` tokens do not fit in memory.
 
     The message names the options that would fit. Only headers are read for it. From Python a model is loaded whatever
     its size; this check is for the command line, where the system would otherwise kill the process without a word.
@@ -31,7 +33,7 @@ def check_memory(folder: Path, plan: Plan, dtype: str, device: torch.device, qua
         """Bytes of the weights and of the cache."""
         model = plan(config, dtype, device, quantize)
         cache = KVCache(model, max_length=min(tokens, config.text_config.context_length))
-        return weight_bytes(model), cache.keys.nbytes + cache.values.nbytes
+        return weight_bytes(model) + adapter, cache.keys.nbytes + cache.values.nbytes
 
     weights, cache = needed(dtype, quantize)
     free = free_memory(device)

@@ -18,7 +18,6 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +121,7 @@ class CompactLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x. Gradients flow to x, not to the weights."""
         rows = x.reshape(-1, self.in_features)
-        out = CompactProduct.apply(rows, self) if torch.is_grad_enabled() else self.product(rows)
+        out = self.product(rows)
         out = out if self.bias is None else out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
@@ -130,7 +129,7 @@ class CompactLinear(nn.Module):
         """(M, in) -> (M, out), without the bias."""
         if self.multiply is None:
             pack([self])
-        if self.multiply is None or x.device.type != "cpu":
+        if self.multiply is None or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
             dtype = torch.float32 if x.device.type == "cpu" else x.dtype
             return torch.cat([F.linear(x.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
         out = self.multiply(x.float())
@@ -138,20 +137,6 @@ class CompactLinear(nn.Module):
             padded = F.pad(x, (0, -self.in_features % self.group)) if self.in_features % self.group else x
             out += padded.float().view(len(x), -1, self.group).sum(-1) @ self.zero  # the sum of each group, times zero
         return out
-
-
-class CompactProduct(torch.autograd.Function):
-    """The product with a compact matrix, dequantised again for the gradient: so adapters can be trained around it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: CompactLinear) -> Tensor:  # noqa: ANN401
-        ctx.layer = layer
-        return layer.product(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
-        parts = zip(gradient.split(BLOCK, dim=-1), ctx.layer.blocks(), strict=True)
-        return sum(part @ block.to(part.dtype) for part, block in parts), None  # (M, in)
 
 
 def pack(layers: Sequence[CompactLinear]) -> None:

@@ -121,7 +121,7 @@ def encoded(image: Image.Image, kind: str, **options) -> bytes:
 
 # Files whose tests start processes, train, or execute notebooks. All others are quick.
 SLOW = """bad_command_lines bad_images bad_training bench command_line docs explorer_model explorer_page fuzz load
-    notebooks quantize tiny train"""
+    lora_training notebooks quantize tiny train"""
 
 
 def pytest_collection_modifyitems(items):

@@ -38,10 +38,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from reference_tokenizer import reference_tokenizer
 from toy_data import draw_disc, entry, make_tiny_checkpoint
 
+from extras.adapters import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig, save_adapter
 from extras.chat import parse_arguments
 from extras.data import read_data
 from extras.images import load_image
+from extras.lora import FullLinear, LoraLinear, put_in
 from llava import KVCache, LlavaForConditionalGeneration, LlavaProcessor
+from vision import LlavaImageProcessor
 
 SECONDS, BYTES = 10, 2 * 10**9
 WORKS = "works"
@@ -127,6 +130,7 @@ class Bench:
         make_tiny_checkpoint(self.valid)
         self.model = LlavaForConditionalGeneration.from_pretrained(self.valid)
         self.processor = LlavaProcessor.from_pretrained(self.valid)
+        self.make_adapter(folder / "valid_adapter")
         self.files = {path.name: path.read_bytes() for path in self.valid.iterdir()}
         weights = self.files["model.safetensors"]
         (self.header_length,) = struct.unpack("<Q", weights[:8])
@@ -149,6 +153,14 @@ class Bench:
         self.targets: dict[str, Callable[[random.Random], None]] = {
             name.removeprefix("fuzz_"): getattr(self, name) for name in dir(self) if name.startswith("fuzz_")
         }
+
+    def make_adapter(self, folder: Path) -> None:
+        """A valid adapter, with a LoRA and a projector that was trained in full."""
+        model = LlavaForConditionalGeneration.from_pretrained(self.valid)
+        query, linear = model.language_model.model.layers[0].self_attn.q_proj, model.multi_modal_projector.linear_1
+        put_in(model, {"language_model.model.layers.0.self_attn.q_proj": LoraLinear(query, 2, 1.0)})
+        put_in(model, {"multi_modal_projector.linear_1": FullLinear(linear)})
+        save_adapter(model, folder, AdapterConfig(2, 2.0, modules_to_save=["linear_1"]), LlavaImageProcessor())
 
     def make_pictures(self) -> list[tuple[str, bytes]]:
         """Valid files of the formats that the command line takes."""
@@ -225,6 +237,20 @@ class Bench:
         index = damage_json(rng, self.index)
         files = {"model__safetensors__index__json": index, "w__safetensors": self.files["model.safetensors"]}
         LlavaForConditionalGeneration.from_pretrained(self.checkpoint(**files, model__safetensors=None))
+
+    def fuzz_adapter(self, rng: random.Random) -> None:
+        """Damages the config of an adapter, or its weights, and answers a question with it."""
+        folder = self.folder / "adapter"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.folder / "valid_adapter", folder)
+        if rng.random() < 0.7:
+            config = json.loads((folder / CONFIG_FILE).read_text())
+            patterns = {"rank_pattern": {".*": 3}, "alpha_pattern": {"q_proj": 1}, "use_rslora": True}
+            (folder / CONFIG_FILE).write_bytes(damage_json(rng, config, patterns))
+        else:
+            (folder / WEIGHTS_FILE).write_bytes(damage_bytes(rng, (folder / WEIGHTS_FILE).read_bytes()))
+        model = LlavaForConditionalGeneration.from_pretrained(self.valid, adapter=folder)
+        model.generate(torch.tensor([[1, 300, 301]]), max_new_tokens=2)
 
     def fuzz_tokenizer_model(self, rng: random.Random) -> None:
         pieces = damage_bytes(rng, self.files["tokenizer.model"])

@@ -33,9 +33,10 @@ def run(command: list[str], folder: Path = ROOT) -> str:
 
 
 def options(script: str) -> set[str]:
-    """The options that a script defines (those of llava.py are in extras/chat.py)."""
-    source = ROOT / ("extras/chat.py" if script == "llava.py" else script)
-    return {"--help", *re.findall(r"\"(--[a-z-]+)\"", source.read_text(encoding="utf-8"))}
+    """The options that a script defines (those of llava.py and some of train.py are in extras/)."""
+    sources = {"llava.py": ["extras/chat.py"], "train.py": ["train.py", "extras/lora_training.py"]}
+    text = "".join((ROOT / source).read_text(encoding="utf-8") for source in sources.get(script, [script]))
+    return {"--help", *re.findall(r"\"(--[a-z-]+)\"", text)}
 
 
 def test_python_blocks_of_the_readme_run_one_after_the_other(monkeypatch, capsys):

@@ -19,13 +19,14 @@ from conftest import make_judge
 from PIL import Image
 from random_checkpoint import write_processor_files
 from talk import ask
+from wordings import Voice
 
 import vision
 from extras.tokenizer_files import load_pieces
 from llava import KVCache, LlavaForConditionalGeneration, LlavaProcessor
 from processor import Inputs
 from sampling import filter_logits
-from tokenizer import SHORT_ANSWER, VICUNA_SYSTEM, LlamaTokenizer
+from tokenizer import SHORT_ANSWER, LlamaTokenizer
 
 ROOT = Path(__file__).parents[1]
 EXPLORER, BUILT_IN = ROOT / "explorer", ROOT / "tiny" / "model"
@@ -43,7 +44,7 @@ needs_node = pytest.mark.skipif(node_version() < 18, reason="the explorer's Java
 # Around a script that turns `input` into `output`. Typed arrays travel as base64.
 BEFORE = """
 import { readFileSync, writeFileSync } from "node:fs";
-import { answer, encodeChat, loadModel } from "./llava.js";
+import { answer, encodePrompt, loadModel, nextToken } from "./llava.js";
 import { distribution, randomGenerator, sample } from "./sampling.js";
 import { float16 } from "./tensor.js";
 import { imageProcessor } from "./vision.js";
@@ -130,7 +131,8 @@ def make_questions(number: int) -> list[dict]:
     questions = []
     for i in range(number):
         scene = world.make_scene(rng, number=1 + i % 3)
-        turns = ask(FAMILIES[i % len(FAMILIES)], scene, rng) or ask("caption", scene, rng)
+        voice = Voice(rng)
+        turns = ask(FAMILIES[i % len(FAMILIES)], scene, voice) or ask("caption", scene, voice)
         questions.append({"image": world.draw(scene, rng), "question": turns[0].question, "short": i // 10 % 2 == 1})
     return questions
 
@@ -251,9 +253,11 @@ def test_interventions_are_those_of_hooks_in_pytorch(interventions, built_in, ru
     model, processor = built_in
     question, other = questions[2], questions[5]
     pixels = prepare(processor, question).pixel_values
+    size = model.config.vision_config.patch_size
+    across = pixels.shape[-1] // size
     for patch in interventions.get("hiddenPatches", []):
-        row, column = 16 * (patch // 6), 16 * (patch % 6)
-        pixels[:, :, row : row + 16, column : column + 16] = 0
+        row, column = size * (patch // across), size * (patch % across)
+        pixels[:, :, row : row + size, column : column + size] = 0
     given = dict(interventions)
     hooks = []
     layers = model.language_model.model.layers
@@ -281,6 +285,24 @@ def test_interventions_are_those_of_hooks_in_pytorch(interventions, built_in, ru
     assert not torch.allclose(logits, untouched, atol=0.1)  # the intervention does something
     for layer in interventions.get("skipLayers", []):
         assert not trace["attention"][layer].any()
+
+
+@needs_node
+@torch.no_grad()
+def test_the_next_token_after_other_image_tokens_matches_pytorch(built_in, run_node, questions, check):
+    model, processor = built_in
+    question = questions[0] | {"short": False}
+    inputs = prepare(processor, question)
+    empty = model.get_image_features(torch.zeros_like(inputs.pixel_values))
+    alone = empty.clone()
+    alone[..., 7, :] = model.get_image_features(inputs.pixel_values)[..., 7, :]
+    script = """const { ids, features } = input;
+    output = nextToken(model, { ids: Int32Array.from(ids), features }).probabilities;"""
+    given = {"ids": inputs.input_ids[0].tolist(), "features": typed(alone.numpy(), "Float32Array")}
+    hook = model.multi_modal_projector.register_forward_hook(lambda *_: alone)
+    expected = model(**inputs).logits[0, -1].softmax(-1)
+    hook.remove()
+    check("explorer: next token after other image tokens", run_node(script, given), expected)
 
 
 @needs_node
@@ -357,32 +379,28 @@ PARTS += [
 
 
 def random_text(rng: random.Random) -> str:
-    return "".join(rng.choices(PARTS, k=rng.randrange(12)))
+    return "".join(rng.choices(PARTS, k=rng.randrange(20)))
 
 
 @needs_node
-def test_conversations_have_the_ids_of_python_and_decode_to_the_same_text(built_in, run_node):
-    _, processor = built_in
+def test_prompts_have_the_ids_of_python_and_decode_to_the_same_text(built_in, run_node):
+    model, processor = built_in
     tokenizer, rng = processor.tokenizer, random.Random(0)
-    chats = []
-    for _ in range(600):
-        turns = [[random_text(rng), random_text(rng)] for _ in range(rng.randrange(3))]
-        system = rng.choice(["", "", VICUNA_SYSTEM, random_text(rng)])
-        chats.append({"turns": [*turns, [random_text(rng), rng.choice([None, "yes"])]], "system": system})
-        chats[-1]["continued"] = rng.random() < 0.3
+    prompts, vocabulary = [random_text(rng) for _ in range(600)], model.config.text_config.vocab_size
     runs = [
-        [rng.choice([rng.randrange(704), rng.randrange(3, 259)]) for _ in range(rng.randrange(9))] for _ in range(600)
+        [rng.choice([rng.randrange(vocabulary), rng.randrange(3, 259)]) for _ in range(rng.randrange(9))]
+        for _ in range(600)
     ]
     script = """output = {
-      chats: input.chats.map(({ turns, ...options }) => encodeChat(model, turns, options)),
+      prompts: input.prompts.map((question) => encodePrompt(model, question)),
       texts: input.runs.map((ids) => model.tokenizer.decode(ids)),
     };"""
-    found = run_node(script, {"chats": chats, "runs": runs})
+    found = run_node(script, {"prompts": prompts, "runs": runs})
     image, count = tokenizer.image_token_id, processor.image_seq_length
-    for chat, encoded in zip(chats, found["chats"], strict=True):
-        ids, _ = tokenizer.encode_chat(**chat)
+    for prompt, encoded in zip(prompts, found["prompts"], strict=True):
+        ids, _ = tokenizer.encode_chat([(prompt, None)])
         ids = [i for token in ids for i in [token] * (count if token == image else 1)]
-        assert encoded["ids"] == ids, chat
+        assert encoded["ids"] == ids, prompt
         assert encoded["pieces"] == tokenizer.convert_ids_to_tokens(ids)
     for ids, text in zip(runs, found["texts"], strict=True):
         assert text == tokenizer.decode(ids, skip_special_tokens=True), ids
@@ -412,7 +430,7 @@ OPTIONS = [
 
 
 LOGITS = {
-    "random": 3 * torch.randn(8, 704, generator=torch.Generator().manual_seed(0)),
+    "random": 3 * torch.randn(8, 700, generator=torch.Generator().manual_seed(0)),
     "equal": torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0, 1.0]]),
 }
 
@@ -539,7 +557,11 @@ def test_the_command_writes_the_weights_and_a_page_that_contains_them(export, tm
     files = ["--out", str(tmp_path / "model.bin"), "--html", str(tmp_path / "explorer.html")]
     monkeypatch.setattr(sys, "argv", ["export.py", *files])
     export.main()
-    assert capsys.readouterr() == ("", "")
+    out, said = capsys.readouterr()
+    assert out == ""
+    for line, name in zip(said.splitlines(), ("model.bin", "explorer.html"), strict=True):
+        size = (tmp_path / name).stat().st_size / 1e6
+        assert line == f"wrote {tmp_path / name} ({size:.1f} MB)"
     assert (tmp_path / "model.bin").read_bytes() == (EXPLORER / "model.bin").read_bytes()
     page = (tmp_path / "explorer.html").read_text(encoding="utf-8")
     assert base64.b64encode((EXPLORER / "model.bin").read_bytes()).decode() in page
@@ -572,7 +594,7 @@ def test_the_bundled_worker_answers_messages(export, run_node, questions, built_
     loaded, *tokens, answered, refused = run_node(
         WORKER, {"worker": export.bundle("worker.js"), "image": rgba(question["image"])}
     )
-    assert loaded["id"] == 1 and loaded["config"]["text_config"]["hidden_size"] == 128
+    assert loaded["id"] == 1 and loaded["config"]["text_config"]["hidden_size"] == model.config.text_config.hidden_size
     assert {token["id"] for token in tokens} == {2}
     assert [token["token"]["id"] for token in tokens] == ids[inputs.input_ids.shape[1] :]
     assert answered["id"] == 2 and answered["text"] == expected and answered["ids"] == ids

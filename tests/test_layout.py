@@ -12,13 +12,14 @@ FLOORS = {
     "leaves": "extras.activations extras.batch extras.files extras.hub extras.images extras.machine extras.matmul "
     "extras.scores extras.terminal",
     "linear layers": "extras.quantize",
-    "files of a checkpoint": "extras.chat_template extras.compat extras.config_file extras.limits extras.saving "
-    "extras.tokenizer_files extras.weight_files",
+    "files of a checkpoint": "extras.chat_template extras.compat extras.config_file extras.limits extras.lora "
+    "extras.saving extras.tokenizer_files extras.weight_files",
     "parts": "llama vision tokenizer sampling load",
     "configuration": "config",
     "checks": "extras.checks extras.generation extras.hidden_states extras.inputs extras.memory",
-    "inputs": "processor",
-    "users of the parts": "extras.benchmarks extras.calibration extras.chat extras.data",
+    "inputs": "extras.adapters processor",
+    "quantising": "extras.calibration",
+    "users of the parts": "extras.benchmarks extras.chat extras.data extras.lora_training",
     "model": "llava",
     "commands": "train evaluate bench",
 }

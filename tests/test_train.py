@@ -1,7 +1,6 @@
 """train.py: loss and gradients match the reference, each stage trains only its own parameters, and neither a stop, nor
 micro-batches, nor several processes change the result."""
 
-import itertools
 import os
 import signal
 import subprocess
@@ -266,22 +265,6 @@ def uninterrupted(bench):
     return bench.train("uninterrupted", MIXED, *LONG)
 
 
-def stop_at(bench, output, step):
-    """Runs until it is stopped in this step, after the last save."""
-    real = train.train_step
-    numbers = itertools.count(1)
-    with pytest.MonkeyPatch.context() as patch:
-
-        def stopping(*args):
-            if next(numbers) == step:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        patch.setattr(train, "train_step", stopping)
-        with pytest.raises(SystemExit, match="interrupted"):
-            bench.train(output, MIXED, *LONG)
-
-
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(bench, uninterrupted):
     folder = bench.folder / "killed"
     command = [sys.executable, TRAIN, *bench.arguments("killed", MIXED, *LONG)]
@@ -317,7 +300,7 @@ def test_an_interrupted_save_leaves_the_previous_one(bench, model, batch, tmp_pa
 
 
 def test_a_stopped_run_does_not_resume_with_other_settings(bench):
-    stop_at(bench, "changed", 5)
+    bench.stop("changed", 5, *LONG)
     with pytest.raises(SystemExit, match=r"other settings \(seed was 0, now 1\)"):
         bench.train("changed", MIXED, *LONG, "--seed", 1)
 
@@ -332,7 +315,7 @@ def test_two_processes_give_the_same_losses_as_one(bench, uninterrupted, started
     """With gradient checkpointing. The second run is started by one process and resumed by two."""
     output = f"two{started_by_one}"
     if started_by_one:
-        stop_at(bench, output, 20)
+        bench.stop(output, 20, *LONG)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = bench.arguments(output, MIXED, *LONG, "--gradient-checkpointing")
     command = [*torchrun, TRAIN, *arguments]

@@ -1,5 +1,6 @@
 """Shared by the tests of training and scoring: a folder with a small checkpoint, drawn pictures and data."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -54,6 +55,21 @@ class Workbench:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", *self.arguments(output, data, *options, stage=stage)])
             train.main()
+        return self.folder / output
+
+    def stop(self, output: str, step: int, *options: object) -> Path:
+        """Runs train.py on MIXED until it is interrupted in this step, after the last save; returns the folder."""
+        real, numbers = train.train_step, itertools.count(1)
+
+        def stopping(*args: object) -> tuple[float, float]:
+            if next(numbers) == step:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "train_step", stopping)
+            with pytest.raises(SystemExit, match="interrupted"):
+                self.train(output, MIXED, *options)
         return self.folder / output
 
 

@@ -1,20 +1,25 @@
 """Writes the small world to files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 72000
-    python tiny/make_data.py test  --output FOLDER --scenes 2400
+    python tiny/make_data.py train --output FOLDER --scenes 60000
+    python tiny/make_data.py test  --output FOLDER --scenes 800
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 
 "train" also writes, in LLaVA's format:
 FOLDER/captions.json             a caption for each of the first tenth of the scenes (stage align)
-FOLDER/words.json, facts.json    facts in words, and in sentences, about additional scenes, half as many (stage
-                                 instruct: teaches the model to look things up)
+FOLDER/facts.json                facts such as "circle red" about additional scenes, half as many (stage instruct:
+                                 teaches the model to look things up)
 FOLDER/conversations.json        three conversations about each scene (stage instruct)
 
-"test" also writes:
+"test" also writes, each with another file NAME-sentence.jsonl whose answers are sentences:
 FOLDER/FAMILY.jsonl              a question about each picture, with its answer in one word or phrase
-FOLDER/FAMILY-sentence.jsonl     the same questions, with their answers as sentences
-FOLDER/unseen*.jsonl             questions about things whose combination of colour and shape is held out from training
+FOLDER/FAMILY-held-out.jsonl     the same in constructions that training never uses
+FOLDER/typos.jsonl               questions of all families, each with one typo
+FOLDER/unseen.jsonl              about things whose combination of colour and shape is held out from training
+FOLDER/like.jsonl                how many there are of two or three things of a shape or colour, often beside another
+FOLDER/CONDITION.jsonl           about pictures disturbed in one way: outlines, noise, ...
+
+Last of all comes FOLDER/visitors.jsonl, without sentences: the hand-written questions of tests/visitors.json.
 
 The scenes of "train" and "test", and those of different seeds, are generated independently.
 """
@@ -29,12 +34,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import talk
 import world
+from ask_scene import ask_existence
+from ask_thing import ask_attribute, ask_facts, attribute, kind_of
+from phrases import ATTRIBUTES, COUNTS, Turn, caption
+from wordings import Voice
 
-from extras.files import write_atomically
+from extras.files import read_json, write_atomically
 from tokenizer import SHORT_ANSWER
 
-TURNS = 6  # per conversation, approximately
-WORDS = 10**6  # index of the first scene of words.json and facts.json
+TURNS = 7  # per conversation, approximately
+VISITORS = Path(__file__).parents[1] / "tests" / "visitors.json"
+FACTS = 10**6  # index of the first scene of facts.json
 
 
 def picture_name(index: int) -> str:
@@ -51,7 +61,7 @@ def entry(index: int, turns: list[tuple[str, str]]) -> dict:
     return {"id": f"{index:06}", "image": picture_name(index), "conversations": messages}
 
 
-def conversation(turns: list[talk.Turn], rng: random.Random) -> list[tuple[str, str]]:
+def conversation(turns: list[Turn], rng: random.Random) -> list[tuple[str, str]]:
     """Questions and answers. Either all answers are short or all are sentences.
 
     As in LLaVA-1.5's own data mixture, the request for short answers is part of the first question and holds for the
@@ -65,48 +75,55 @@ def conversation(turns: list[talk.Turn], rng: random.Random) -> list[tuple[str, 
     return pairs
 
 
+def draw(scene: world.Scene, rng: random.Random, target: Path, look: world.Look | None = None) -> None:
+    """Saves the picture of a scene; without a look, a random one."""
+    world.draw(scene, rng, look or world.random_look(rng)).save(target)
+
+
 def make_training(folder: Path, scenes: int, seed: int) -> None:
     """Writes pictures, captions, facts and conversations."""
-    files: dict[str, list[dict]] = {name: [] for name in ("captions", "words", "facts", "conversations")}
+    files: dict[str, list[dict]] = {name: [] for name in ("captions", "facts", "conversations")}
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
         scene = world.make_scene(rng)
-        world.draw(scene, rng).save(folder / picture_name(i))
-        files["captions"] += [entry(i, [("", talk.caption(scene))])] if i < scenes // 10 else []
+        draw(scene, rng, folder / picture_name(i))
+        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 10 else []
         files["conversations"] += [entry(i, conversation(talk.converse(scene, rng, TURNS), rng)) for _ in range(3)]
-    for i in range(WORDS, WORDS + scenes // 2):  # three things with nothing in common, so that guessing fails
-        rng = random.Random(f"train/{seed}/words/{i}")
+    for i in range(FACTS, FACTS + scenes // 2):  # three things with nothing in common, so that guessing fails
+        rng = random.Random(f"train/{seed}/facts/{i}")
         scene = world.make_scene(rng, 3, distinct=True)
-        world.draw(scene, rng).save(folder / picture_name(i))
-        words, facts = talk.ask_facts(scene, rng, 12), talk.ask_facts(scene, rng, 10)
-        files["words"].append(entry(i, [(words.question, words.short)]))
-        files["facts"].append(entry(i, [(facts.question, facts.sentence)]))
+        draw(scene, rng, folder / picture_name(i))
+        turn = ask_facts(scene, Voice(rng), 12)
+        files["facts"].append(entry(i, [(turn.question, turn.short)]))
     for name, entries in files.items():
         write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(entries)))
 
 
-def guess(turn: talk.Turn, scene: world.Scene, rng: random.Random) -> str:
+def guess(turn: Turn, scene: world.Scene, rng: random.Random) -> str:
     """The answer of a guesser who picks a random thing of the scene to answer about, or guesses yes, no or a count."""
     thing = rng.choice(scene)
     if turn.short in ("yes", "no"):
         return rng.choice(["yes", "no"])
-    if turn.family == "count":
-        return talk.COUNTS[rng.randint(1, len(scene))]
-    if turn.family in ("relation", "details", "caption"):
-        return thing.name
-    values = {family: talk.attribute(family, thing)[0] for family in talk.ATTRIBUTES}
-    return rng.choice(list(values.values())) if turn.short == "none" else values[talk.kind(turn.short)]
+    if turn.short in COUNTS:
+        return COUNTS[rng.randint(1, len(scene))]
+    values = {family: attribute(family, thing)[0] for family in ATTRIBUTES}
+    if turn.family == "side":
+        return rng.choice([world.ROWS[thing.row], world.COLUMNS[thing.column]])
+    if turn.short in [value for one in scene for value in (*one[:3], world.CELLS[one.cell])]:
+        return values[kind_of(turn.short)]
+    return rng.choice(list(values.values())) if turn.short in ("none", "unknown") else thing.name
 
 
-def make_test(folder: Path, scenes: int, seed: int) -> None:
-    """Writes pictures, each with a question of every family; then pictures with held-out combinations.
+class Questions:
+    """Collects the lines of the test files."""
 
-    Each line also has the answer of a guesser who knows the family and sees the right scene, but does not know which
-    of its things the question is about.
-    """
-    lines: dict[str, list[str]] = {}
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.lines: dict[str, list[str]] = {}
 
-    def note(name: str, index: int, guess: str, turn: talk.Turn, before: talk.Turn | None = None) -> None:
+    def add(self, name: str, index: int, scene: world.Scene, rng: random.Random, turns: list[Turn]) -> None:
+        """Notes the last turn, with the one before as its history, in both forms."""
+        turn, answer = turns[-1], guess(turns[-1], scene, rng)
         for form, suffix in [("short", ""), ("sentence", "-sentence")]:
             line = {
                 "question_id": index,
@@ -114,31 +131,100 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
                 "text": turn.question,
                 "answer": getattr(turn, form),
                 "category": turn.family,
-                "guess": guess if form == "short" else None,
+                "guess": answer if form == "short" else None,
             }
-            if before:
-                line["history"] = [[before.question + (SHORT_ANSWER if form == "short" else ""), getattr(before, form)]]
-            lines.setdefault(name + suffix, []).append(json.dumps(line))
+            if turns[1:]:
+                request = SHORT_ANSWER if form == "short" else ""
+                line["history"] = [[turns[0].question + request, getattr(turns[0], form)]]
+            self.lines.setdefault(name + suffix, []).append(json.dumps(line))
 
-    for i in range(2 * scenes):
+    def write(self) -> None:
+        """Writes all files."""
+        for name, rows in self.lines.items():
+            (self.folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def ask_any(scene: world.Scene, voice: Voice) -> list[Turn]:
+    """A turn of a random family."""
+    while True:
+        family = voice.rng.choice([family for family in talk.FAMILIES if family not in ("facts", "follow-up")])
+        if turns := talk.ask(family, scene, voice):
+            return turns
+
+
+def make_like(rng: random.Random) -> world.Scene:
+    """Two or three things of one shape or colour; beside two there is often a third, different thing."""
+    while True:
+        scene = world.make_scene(rng, rng.choice([2, 3, 3]))
+        if max(len(scene) - len({getattr(thing, name) for thing in scene}) for name in ("colour", "shape")) > 0:
+            return scene
+
+
+def count_like(scene: world.Scene, voice: Voice) -> Turn:
+    """Asks for the number of the things that are alike."""
+    while True:
+        turn = talk.ask("count", scene, voice)[0]
+        if turn.short in ("two", "three") and any(word in turn.sentence for word in [*world.COLOURS, *world.SHAPES]):
+            return turn
+
+
+def make_test(folder: Path, scenes: int, seed: int) -> None:
+    """Writes pictures and questions.
+
+    Each line also has the answer of a guesser who knows the family and sees the right scene, but does not know which
+    of its things the question is about.
+    """
+    questions = Questions(folder)
+    for i in range(scenes):
         rng = random.Random(f"test/{seed}/{i}")
-        unseen = i >= scenes
-        scene = world.make_scene(rng, must=[rng.choice(world.HELD_OUT)] if unseen else [])
-        world.draw(scene, rng).save(folder / picture_name(i))
-        if unseen:
-            thing = next(thing for thing in scene if (thing.colour, thing.shape) in world.HELD_OUT)
-            family = rng.choice([*talk.ATTRIBUTES, "existence"])
-            if family == "existence":
-                turn = talk.ask_existence(scene, rng, world.HELD_OUT)
-            else:
-                turn = talk.ask_attribute(family, scene, thing, rng)
-            note("unseen", i, guess(turn, scene, rng), turn)
-            continue
+        scene = world.make_scene(rng)
+        draw(scene, rng, folder / picture_name(i), world.PLAIN_LOOK)
         for family in [family for family in talk.FAMILIES if family != "facts"]:  # facts have many correct answers
-            if turns := talk.ask(family, scene, rng):
-                note(family, i, guess(turns[-1], scene, rng), *turns[::-1])
-    for name, rows in lines.items():
-        (folder / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+            for held_out in (False, True):
+                if turns := talk.ask(family, scene, Voice(rng, held_out, typos=0.0)):
+                    questions.add(f"{family}-held-out" if held_out else family, i, scene, rng, turns)
+        questions.add("typos", i, scene, rng, ask_any(scene, Voice(rng, typos=1.0)))
+    special = [("unseen", world.PLAIN_LOOK), ("like", world.PLAIN_LOOK), *world.CONDITIONS.items()]
+    for number, (name, look) in enumerate(special, start=1):
+        for i in range(number * 10**5, number * 10**5 + scenes):
+            rng = random.Random(f"test/{seed}/{i}")
+            voice = Voice(rng, typos=0.0)
+            if name == "unseen":
+                scene = world.make_scene(rng, must=[rng.choice(world.HELD_OUT)])
+                thing = next(thing for thing in scene if (thing.colour, thing.shape) in world.HELD_OUT)
+                family = rng.choice([*ATTRIBUTES, "existence"])
+                if family == "existence":
+                    turn = ask_existence(scene, voice, world.HELD_OUT)
+                else:
+                    turn = ask_attribute(family, scene, thing, voice)
+            else:
+                scene = make_like(rng) if name == "like" else world.make_scene(rng)
+                turn = count_like(scene, voice) if name == "like" else ask_any(scene, voice)[-1]
+            draw(scene, rng, folder / picture_name(i), look)
+            questions.add(name, i, scene, rng, [turn])
+    questions.write()
+    make_visitors(folder)
+
+
+def make_visitors(folder: Path) -> None:
+    """Writes the pictures and questions of tests/visitors.json, with all the answers that are right."""
+    visitors = read_json(VISITORS)
+    scenes = []
+    for i, things in enumerate(visitors["scenes"]):
+        scene = [world.Thing(colour, shape, size, world.CELLS.index(cell)) for size, colour, shape, cell in things]
+        scenes.append(scene)
+        draw(tuple(scene), random.Random(f"visitors/{i}"), folder / f"pictures/visitors-{i:02}.png", world.PLAIN_LOOK)
+    lines = [
+        {
+            "question_id": i,
+            "image": f"pictures/visitors-{question['scene']:02}.png",
+            "text": question["question"],
+            "answers": question["answers"],
+            "category": question["kind"],
+        }
+        for i, question in enumerate(visitors["questions"])
+    ]
+    (folder / "visitors.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:
@@ -151,7 +237,7 @@ def main() -> None:
         "--scenes",
         type=int,
         required=True,
-        help="number of scenes; train adds half as many, for facts, and test as many, with held-out combinations",
+        help="number of scenes; train adds half as many, for facts, and test as many for each special file",
     )
     add("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     args = parser.parse_args()

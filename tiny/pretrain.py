@@ -1,7 +1,7 @@
 """Pretrains the parts that LLaVA starts from: the tokenizer, the vision tower and the decoder.
 
     python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, trained on the world's texts
-    python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, trained on pictures with captions
+    python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, trained on pictures with short texts
     python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, trained on scenes in words with conversations
     python tiny/pretrain.py join      --output FOLDER   a checkpoint of these, with an untrained projector
 
@@ -11,9 +11,8 @@ regularly. The same command resumes an interrupted run, with the results of an u
 The tower is trained with CLIP's contrastive loss (arXiv 2103.00020): over all pairs of a batch, the CLS features of the
 last layer are matched with the features of a caption's last token from a small text encoder. Half of the pairs are near
 twins, which differ in shape or position. But the contrastive loss does not constrain the patch features, and LLaVA uses
-only those. Therefore a small decoder, discarded later, also has to generate text about the picture from the patch
-features of LLaVA's layer, as in CoCa (arXiv 2205.01917). The text is a caption, or facts such as "circle red". Facts
-make the tower store all attributes of a thing in the same patches.
+only those. Therefore a linear layer, discarded later, also has to name colour, shape and size of what is in a patch's
+cell, from the patch's features of LLaVA's layer. Every patch of a thing thus carries all attributes of the thing.
 """
 
 import argparse
@@ -38,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import talk
 import world
 from make_data import conversation
+from phrases import ATTRIBUTES, alt_text, notes
+from wordings import Voice
 
 from extras.files import write_atomically, write_json
 from extras.saving import copy_processor_files
@@ -45,19 +46,23 @@ from extras.terminal import command_line
 from llama import LlamaForCausalLM, LlamaModel
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from tokenizer import SHORT_ANSWER, LlamaTokenizer
-from vision import CLIPVisionConfig, LlavaImageProcessor
+from vision import CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor
 
 VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
 LAYERS = 5  # of the decoder
+# What the texts of the tower's pretraining consist of; its auxiliary models need no other words
+WORDS = ["<s>", "</s>", ",", "blob", *world.COLOURS, *world.SHAPES, *world.SIZES, *world.ROWS, *world.COLUMNS]
+# What each patch is to be named: a colour, a shape and a size
+NAMES = [list(world.COLOURS), ["nothing", "blob", *world.SHAPES], list(world.SIZES)]
 SAVE_EVERY = 250  # steps
-KEPT = {"tower": "writer.vision_tower.", "decoder": "language_model."}  # prefixes of the weights that join keeps
+KEPT = {"tower": "vision_tower.", "decoder": "language_model."}  # prefixes of the weights that join keeps
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def text_config(tokenizer: LlamaTokenizer, layers: int) -> LlamaConfig:
-    """The config of the decoder; with fewer layers, that of the auxiliary models in the tower's training."""
-    rows = (tokenizer.pad_token_id // 64 + 1) * 64
+def text_config(words: int, layers: int) -> LlamaConfig:
+    """The config of the decoder, and of the auxiliary models in the tower's training, for a vocabulary of this size."""
+    rows = math.ceil(words / 64) * 64
     return LlamaConfig("llama", rows, 128, 352, layers, 4, max_position_embeddings=1024, rms_norm_eps=1e-5)
 
 
@@ -95,14 +100,14 @@ def make_tokenizer(folder: Path) -> LlamaTokenizer:
     """Loads the tokenizer of a folder. If there is none, trains it on the world's texts first."""
     if not (folder / "tokenizer.model").exists():
         texts = []
-        for i in range(3000):
+        for i in range(4000):
             rng = random.Random(f"tokenizer/{i}")
             scene = world.make_scene(rng)
-            texts += [talk.notes(scene, rng), talk.alt_text(scene)]
-            for turn in talk.converse(scene, rng, 6):
+            texts += [notes(scene, rng), alt_text(scene)]
+            for turn in talk.converse(scene, rng, 8):
                 texts += [f"USER: {turn.question} ASSISTANT: {turn.sentence}", f"ASSISTANT: {turn.short}"]
                 texts += [f"?{turn.question}", f"?{SHORT_ANSWER.strip()}"]  # no space in front, as after a line feed
-        model = train_tokenizer(texts, vocab_size=640)
+        model = train_tokenizer(texts, vocab_size=1020)
         folder.mkdir(parents=True, exist_ok=True)
         count = len(sentencepiece.SentencePieceProcessor(model_proto=model))
         write_json(folder / "added_tokens.json", {"<image>": count, "<pad>": count + 1})
@@ -188,76 +193,94 @@ def padded(rows: Sequence[Sequence[int]], value: int = 0) -> Tensor:
 
 
 class TowerTraining(nn.Module):
-    """The vision tower with its auxiliary models: a writing decoder, and a text encoder for the contrastive loss."""
+    """The vision tower with its auxiliary parts: a text encoder for the contrastive loss, and a linear layer that names
+    what is in the cell of each patch.
+    """
 
-    def __init__(self, tokenizer: LlamaTokenizer) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
-        config = LlavaConfig(VISION, text_config(tokenizer, layers=2), tokenizer.image_token_id)
-        self.writer = LlavaForConditionalGeneration(config)  # only its vision tower is kept
-        self.reader = LlamaModel(config.text_config)
+        self.vision_tower = CLIPVisionModel(VISION)
+        self.reader = LlamaModel(text_config(len(WORDS), layers=2))
         self.from_picture = nn.Linear(VISION.hidden_size, 128, bias=False)
-        self.from_text = nn.Linear(config.text_config.hidden_size, 128, bias=False)
+        self.from_text = nn.Linear(128, 128, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.namer = nn.Sequential(
+            nn.LayerNorm(VISION.hidden_size), nn.Linear(VISION.hidden_size, sum(map(len, NAMES)))
+        )
 
     def forward(
-        self, pixel_values: Tensor, captions: list[list[int]], texts: list[list[int]]
+        self, pixel_values: Tensor, names: Tensor, captions: list[list[int]]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Pictures (N, 3, 96, 96), captions and target texts, the ids from <s> to </s> -> the loss and its parts."""
-        tower, decoder = self.writer.vision_tower, self.writer.language_model
-        before, last = tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
+        """Pictures (N, 3, 96, 96), names (N, P, 3) and captions, as ids from <s> to </s> -> the loss and its parts."""
+        before, last = self.vision_tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
 
-        # Writing, as in LLaVA: the patch features of the last layer but one precede the words.
-        ids = padded(texts)  # (N, T)
-        patches = self.writer.multi_modal_projector(before[:, 1:])  # (N, P, D)
-        words = decoder.model.embed_tokens(ids)  # (N, T, D)
-        hidden = decoder.model(torch.cat([patches, words], dim=1))[:, patches.shape[1] : -1]  # (N, T - 1, D)
-        learned = torch.arange(1, ids.shape[1]) < torch.tensor([len(text) for text in texts])[:, None]  # (N, T - 1)
-        writing = F.cross_entropy(decoder.lm_head(hidden[learned]), ids[:, 1:][learned])
+        # Naming: the patch features of LLaVA's layer, the last but one, must tell what is in the patch's cell. Label
+        # smoothing limits how firmly the absence of red stars can be learned.
+        scores = self.namer(before[:, 1:]).split([len(values) for values in NAMES], dim=-1)  # 3 x (N, P, values)
+        losses = [
+            F.cross_entropy(score.flatten(0, 1), names[..., i].flatten(), ignore_index=-1, label_smoothing=0.1)
+            for i, score in enumerate(scores)
+        ]
+        right = (scores[1].argmax(-1) == names[..., 1])[names[..., 2] >= 0].float().mean()
 
         # Contrast, as in CLIP: which caption belongs to which picture?
         ends = torch.tensor([len(caption) - 1 for caption in captions])
         text = self.reader(self.reader.embed_tokens(padded(captions)))[torch.arange(len(ends)), ends]  # (N, D), at </s>
-        a = F.normalize(self.from_picture(tower.post_layernorm(last[:, 0])), dim=-1)  # (N, 128)
+        a = F.normalize(self.from_picture(self.vision_tower.post_layernorm(last[:, 0])), dim=-1)  # (N, 128)
         b = F.normalize(self.from_text(text), dim=-1)
-        scores = self.log_scale.exp().clamp(max=100) * a @ b.T  # (N, N)
-        pairs = torch.arange(len(scores))
-        contrast = (F.cross_entropy(scores, pairs) + F.cross_entropy(scores.T, pairs)) / 2
-        found = (scores.argmax(1) == pairs).float().mean()
-        return writing + 0.25 * contrast, {
-            "writing": writing.item(),
+        similar = self.log_scale.exp().clamp(max=100) * a @ b.T  # (N, N)
+        pairs = torch.arange(len(similar))
+        contrast = (F.cross_entropy(similar, pairs) + F.cross_entropy(similar.T, pairs)) / 2
+        found = (similar.argmax(1) == pairs).float().mean()
+        naming = torch.stack(losses).sum()
+        return naming + 0.25 * contrast, {
+            "naming": naming.item(),
+            "shapes": right.item(),
             "contrast": contrast.item(),
             "found": found.item(),
         }
 
 
-def tower_batch(
-    step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
-) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-    """Pictures (N, 3, 96, 96), captions and target texts. Half are scenes, half their near twins.
+def name_patches(scene: world.Scene) -> Tensor:
+    """For each patch, the indices in NAMES of what is in the cell around its centre (P, 3). -1: not to be learned."""
+    things = {thing.cell: thing for thing in scene}
+    side = VISION.image_size // VISION.patch_size
+    cells = [int((i + 0.5) * 3 / side) for i in range(side)]  # of the grid's rows and columns
+    nothing = [-1, NAMES[1].index("nothing"), -1]
 
-    In the first fifth of the training, things are grey or have no particular shape. The tower therefore learns shapes
-    and colours independently, and recognises an unseen combination by what it shares with others. Without that, the
-    tower learns "red" as evidence against "star", because no star was ever red.
+    def name(cell: int) -> list[int]:
+        thing = things.get(cell)
+        if thing is None:
+            return nothing
+        return [values.index(value) if value in values else -1 for values, value in zip(NAMES, thing[:3], strict=True)]
+
+    return torch.tensor([name(3 * row + column) for row in cells for column in cells])
+
+
+def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[list[int]]]:
+    """Pictures (N, 3, 96, 96), the names of what is in their patches, and captions. Half are near twins of the others.
+
+    In the first fifth of the training, all things have any colour or no particular shape, and later half of them.
+    The tower therefore learns shapes and colours independently, and recognises an unseen combination by what it shares
+    with others. Without that, the tower learns "red" as evidence against "star", because no star was ever red.
     """
     rng = random.Random(f"tower/{args.seed}/{step}")
-    known = world.PLAIN if step < args.steps // 5 else world.KNOWN
+    known = world.SHAPES_ALONE + world.COLOURS_ALONE
+    if step >= args.steps // 5:
+        known = world.KNOWN + 6 * world.SHAPES_ALONE + world.COLOURS_ALONE
     scenes = [world.make_scene(rng, known=known) for _ in range(args.batch // 2)]
     scenes += [world.make_twin(scene, rng, known) for scene in scenes]
-    captions = [talk.alt_text(scene) for scene in scenes]
-    texts = [
-        caption if i % 2 else talk.ask_facts(scene, rng, 6).short
-        for i, (scene, caption) in enumerate(zip(scenes, captions, strict=True))
-    ]
-    ids = [[*tokenizer.encode(text), tokenizer.eos_token_id] for text in captions + texts]
-    return PICTURES([world.draw(scene, rng) for scene in scenes]), ids[: len(scenes)], ids[len(scenes) :]
+    pictures = PICTURES([world.draw(scene, rng, world.random_look(rng)) for scene in scenes])
+    captions = [["<s>", *alt_text(scene).replace(" some", "").replace(",", " ,").split(), "</s>"] for scene in scenes]
+    ids = [[WORDS.index(word) for word in caption] for caption in captions]
+    return pictures, torch.stack([name_patches(scene) for scene in scenes]), ids
 
 
-def train_tower(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
+def train_tower(args: argparse.Namespace) -> None:
     """Trains the tower and writes tower.state."""
     torch.manual_seed(args.seed)
-    model = initialised(TowerTraining(tokenizer))
-    fit("tower", model, lambda step: model(*tower_batch(step, args, tokenizer)), args, peak=2e-3)
+    model = initialised(TowerTraining())
+    fit("tower", model, lambda step: model(*tower_batch(step, args)), args, peak=2e-3)
 
 
 # The decoder
@@ -268,7 +291,7 @@ class DecoderTraining(nn.Module):
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         super().__init__()
-        self.language_model = LlamaForCausalLM(text_config(tokenizer, LAYERS))
+        self.language_model = LlamaForCausalLM(text_config(tokenizer.pad_token_id + 1, LAYERS))
 
     def forward(self, rows: list[tuple[list[int], list[bool]]]) -> tuple[Tensor, dict[str, float]]:
         """Conversations, as (ids, which of them belong to answers) -> mean loss and accuracy of the answer tokens."""
@@ -288,10 +311,10 @@ def decoder_batch(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
     rng, rows, early = random.Random(f"decoder/{args.seed}/{step}"), [], step < args.steps // 2
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else world.make_scene(rng)
-        families = [*talk.ATTRIBUTES, "details"] if early else None
-        turns = talk.ask("facts", scene, rng) + talk.converse(scene, rng, 3 if early else 4, families)
+        families = [*ATTRIBUTES, "details"] if early else None
+        turns = talk.ask("facts", scene, Voice(rng)) + talk.converse(scene, rng, 3 if early else 4, families)
         (question, answer), *rest = conversation(turns, rng)
-        rows.append(tokenizer.encode_chat([(f"{talk.notes(scene, rng)}\n{question}", answer), *rest], ""))
+        rows.append(tokenizer.encode_chat([(f"{notes(scene, rng)}\n{question}", answer), *rest], ""))
     return rows
 
 
@@ -306,13 +329,16 @@ def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
     """Writes the checkpoint that stage "align" starts from."""
     torch.manual_seed(args.seed)
     config = LlavaConfig(
-        VISION, text_config(tokenizer, LAYERS), tokenizer.image_token_id, pad_token_id=tokenizer.pad_token_id
+        VISION,
+        text_config(tokenizer.pad_token_id + 1, LAYERS),
+        tokenizer.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = initialised(LlavaForConditionalGeneration(config))
     kept = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("multi_modal_projector.")}
     for part, prefix in KEPT.items():
         weights = torch.load(args.output / f"{part}.state")["model"]
-        kept |= {name.removeprefix("writer."): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+        kept |= {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     model.load_state_dict(kept)
     base = args.output / "base"
     model.save_pretrained(base)
@@ -336,9 +362,12 @@ def main() -> None:
     add("--seed", type=int, default=0, help="seed of samples and initial weights (default 0)")
     args = parser.parse_args()
     torch.set_flush_denormal(True)
+    if args.what == "tower":
+        train_tower(args)
+        return
     tokenizer = make_tokenizer(args.output)
     if args.what != "tokenizer":
-        {"tower": train_tower, "decoder": train_decoder, "join": join}[args.what](args, tokenizer)
+        {"decoder": train_decoder, "join": join}[args.what](args, tokenizer)
 
 
 if __name__ == "__main__":
