@@ -56,7 +56,7 @@ def test_same_seed_gives_same_data(training, tmp_path):
     make_data.make_training(tmp_path, scenes=20, seed=0)
     for picture in (tmp_path / "pictures").iterdir():
         assert picture.read_bytes() == (training / "pictures" / picture.name).read_bytes()
-    for name in ("captions", "facts", "conversations"):
+    for name in ("captions", "conversations"):
         first = json.loads((tmp_path / f"{name}.json").read_text())
         assert first and first == json.loads((training / f"{name}.json").read_text())[: len(first)]
 
@@ -272,6 +272,19 @@ def test_resumed_pretraining_gives_the_same_weights(tmp_path, monkeypatch):
     parts.steps = 8
     with pytest.raises(ValueError, match="use another folder"):
         pretrain.train_tower(parts)
+
+
+def test_an_ideal_picture_says_in_every_patch_what_is_in_its_cell():
+    scene = [world.Thing("red", "circle", "small", 2), world.Thing("blue", "star", "large", 4)]
+    patches = pretrain.patch_words(scene)
+    assert len(patches) == 36
+    assert patches[:2] == 2 * [["nothing", "nothing", "nothing", "top", "left"]]
+    assert patches[4] == patches[5] == patches[11] == ["red", "circle", "small", "top", "right"]
+    assert patches[14] == patches[21] == ["blue", "star", "large", "middle", "centre"]
+    names = pretrain.name_patches(scene)
+    for row, words in zip(names.tolist(), patches, strict=True):
+        said = [values[i] for values, i in zip(pretrain.NAMES, row, strict=True) if i >= 0]
+        assert [word for word in said if word in words] == said
 
 
 def test_join_copies_the_pretrained_weights_into_a_checkpoint(tmp_path):

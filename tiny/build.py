@@ -21,14 +21,13 @@ sys.path.insert(0, str(ROOT))
 from extras.terminal import command_line
 
 SEED = 0
-SCENES, TEST_SCENES = 60_000, 800
-TOWER_STEPS, DECODER_STEPS = 5000, 3500
+SCENES, TEST_SCENES = 36_000, 800
+TOWER_STEPS, DECODER_STEPS = 5000, 6000
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),
-    "decoder: scenes in words": ("decoder.csv", "loss"),
+    "decoder: conversations about ideal pictures": ("decoder.csv", "loss"),
     "align: captions": ("aligned/loss.csv", "loss"),
-    "instruct 1: facts": ("facts/loss.csv", "loss"),
-    "instruct 2: conversations": ("model/loss.csv", "loss"),
+    "instruct: conversations": ("trained/loss.csv", "loss"),
 }
 
 
@@ -49,9 +48,8 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
 
 def draw_curves(folder: Path) -> None:
     """Plots the losses of all training runs, each as a moving average over up to 20 rows of its CSV file."""
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    figure.subplots(2, 3)[1, 2].remove()
-    for axes, (title, (file, column)) in zip(figure.axes, CURVES.items(), strict=True):
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    for axes, (title, (file, column)) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
         with open(folder / file) as table:
             rows = list(csv.DictReader(table))
         steps, losses = ([float(row[name]) for row in rows] for name in ("step", column))
@@ -86,8 +84,7 @@ def main() -> None:
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
     stages = [  # stage, source, target, data, batch size, peak learning rate
         ("align", "base", "aligned", "captions", 32, 2e-3),
-        ("instruct", "aligned", "facts", "facts", 16, 2e-3),
-        ("instruct", "facts", "model", "conversations", 16, 1.5e-3),
+        ("instruct", "aligned", "trained", "conversations", 16, 1.5e-3),
     ]
     for stage, source, target, name, batch, rate in stages:
         if not finished(f"{target}/loss.png"):
@@ -95,6 +92,8 @@ def main() -> None:
             command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--device", "cpu"]
             command += ["--batch", batch, "--micro-batch", 8, "--learning-rate", rate, "--save-every", 250]
             run(2, command)
+    if not finished("model/preprocessor_config.json"):
+        run(2, [ROOT / "llava.py", "--model", folder / "trained", "--dtype", "float16", "--save", folder / "model"])
     if not finished("test/visitors.jsonl"):  # the last file that make_data.py writes
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", TEST_SCENES, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])

@@ -6,9 +6,7 @@
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 
 "train" also writes, in LLaVA's format:
-FOLDER/captions.json             a caption for each of the first tenth of the scenes (stage align)
-FOLDER/facts.json                facts such as "circle red" about additional scenes, half as many (stage instruct:
-                                 teaches the model to look things up)
+FOLDER/captions.json             a caption for each of the first third of the scenes (stage align)
 FOLDER/conversations.json        three conversations about each scene (stage instruct)
 
 "test" also writes, each with another file NAME-sentence.jsonl whose answers are sentences:
@@ -35,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import talk
 import world
 from ask_scene import ask_existence
-from ask_thing import ask_attribute, ask_facts, attribute, kind_of
+from ask_thing import ask_attribute, attribute, kind_of
 from phrases import ATTRIBUTES, COUNTS, Turn, caption
 from wordings import Voice
 
@@ -44,7 +42,6 @@ from tokenizer import SHORT_ANSWER
 
 TURNS = 7  # per conversation, approximately
 VISITORS = Path(__file__).parents[1] / "tests" / "visitors.json"
-FACTS = 10**6  # index of the first scene of facts.json
 
 
 def picture_name(index: int) -> str:
@@ -81,20 +78,14 @@ def draw(scene: world.Scene, rng: random.Random, target: Path, look: world.Look 
 
 
 def make_training(folder: Path, scenes: int, seed: int) -> None:
-    """Writes pictures, captions, facts and conversations."""
-    files: dict[str, list[dict]] = {name: [] for name in ("captions", "facts", "conversations")}
+    """Writes pictures, captions and conversations."""
+    files: dict[str, list[dict]] = {name: [] for name in ("captions", "conversations")}
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
         scene = world.make_scene(rng)
         draw(scene, rng, folder / picture_name(i))
-        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 10 else []
+        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 3 else []
         files["conversations"] += [entry(i, conversation(talk.converse(scene, rng, TURNS), rng)) for _ in range(3)]
-    for i in range(FACTS, FACTS + scenes // 2):  # three things with nothing in common, so that guessing fails
-        rng = random.Random(f"train/{seed}/facts/{i}")
-        scene = world.make_scene(rng, 3, distinct=True)
-        draw(scene, rng, folder / picture_name(i))
-        turn = ask_facts(scene, Voice(rng), 12)
-        files["facts"].append(entry(i, [(turn.question, turn.short)]))
     for name, entries in files.items():
         write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(entries)))
 

@@ -2,7 +2,7 @@
 
     python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, trained on the world's texts
     python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, trained on pictures with short texts
-    python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, trained on scenes in words with conversations
+    python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, trained on conversations about ideal pictures
     python tiny/pretrain.py join      --output FOLDER   a checkpoint of these, with an untrained projector
 
 Every step generates new pictures and texts, so no sample is seen twice. Tower and decoder training save their state
@@ -38,22 +38,22 @@ import talk
 import world
 from make_data import conversation
 from phrases import ATTRIBUTES, alt_text, notes
-from wordings import Voice
 
 from extras.files import write_atomically, write_json
 from extras.saving import copy_processor_files
 from extras.terminal import command_line
 from llama import LlamaForCausalLM, LlamaModel
 from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from tokenizer import SHORT_ANSWER, LlamaTokenizer
+from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, LlamaTokenizer
 from vision import CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor
 
 VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
 LAYERS = 5  # of the decoder
+LONGEST = 208  # tokens of a conversation in its pretraining
 # What the texts of the tower's pretraining consist of; its auxiliary models need no other words
 WORDS = ["<s>", "</s>", ",", "blob", *world.COLOURS, *world.SHAPES, *world.SIZES, *world.ROWS, *world.COLUMNS]
-# What each patch is to be named: a colour, a shape and a size
-NAMES = [list(world.COLOURS), ["nothing", "blob", *world.SHAPES], list(world.SIZES)]
+# What each patch is to be named: a colour, a shape, a size, a row and a column
+NAMES = [list(world.COLOURS), ["nothing", "blob", *world.SHAPES], list(world.SIZES), world.ROWS, world.COLUMNS]
 SAVE_EVERY = 250  # steps
 KEPT = {"tower": "vision_tower.", "decoder": "language_model."}  # prefixes of the weights that join keeps
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
@@ -211,12 +211,12 @@ class TowerTraining(nn.Module):
     def forward(
         self, pixel_values: Tensor, names: Tensor, captions: list[list[int]]
     ) -> tuple[Tensor, dict[str, float]]:
-        """Pictures (N, 3, 96, 96), names (N, P, 3) and captions, as ids from <s> to </s> -> the loss and its parts."""
+        """Pictures (N, 3, 96, 96), names (N, P, 5) and captions, as ids from <s> to </s> -> the loss and its parts."""
         before, last = self.vision_tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
 
         # Naming: the patch features of LLaVA's layer, the last but one, must tell what is in the patch's cell. Label
         # smoothing limits how firmly the absence of red stars can be learned.
-        scores = self.namer(before[:, 1:]).split([len(values) for values in NAMES], dim=-1)  # 3 x (N, P, values)
+        scores = self.namer(before[:, 1:]).split([len(values) for values in NAMES], dim=-1)  # 5 x (N, P, values)
         losses = [
             F.cross_entropy(score.flatten(0, 1), names[..., i].flatten(), ignore_index=-1, label_smoothing=0.1)
             for i, score in enumerate(scores)
@@ -241,20 +241,23 @@ class TowerTraining(nn.Module):
         }
 
 
-def name_patches(scene: world.Scene) -> Tensor:
-    """For each patch, the indices in NAMES of what is in the cell around its centre (P, 3). -1: not to be learned."""
-    things = {thing.cell: thing for thing in scene}
+def cells() -> list[tuple[int, int]]:
+    """The row and the column of the grid's cell in which each patch has its centre."""
     side = VISION.image_size // VISION.patch_size
-    cells = [int((i + 0.5) * 3 / side) for i in range(side)]  # of the grid's rows and columns
-    nothing = [-1, NAMES[1].index("nothing"), -1]
+    places = [int((i + 0.5) * 3 / side) for i in range(side)]
+    return [(row, column) for row in places for column in places]
 
-    def name(cell: int) -> list[int]:
-        thing = things.get(cell)
-        if thing is None:
-            return nothing
-        return [values.index(value) if value in values else -1 for values, value in zip(NAMES, thing[:3], strict=True)]
 
-    return torch.tensor([name(3 * row + column) for row in cells for column in cells])
+def name_patches(scene: world.Scene) -> Tensor:
+    """For each patch, the indices in NAMES of what is in its cell, and of the cell (P, 5). -1: not to be learned."""
+    things = {(thing.row, thing.column): thing for thing in scene}
+
+    def name(cell: tuple[int, int]) -> list[int]:
+        words = things[cell][:3] if cell in things else ("", "nothing", "")
+        indices = [values.index(word) if word in values else -1 for values, word in zip(NAMES, words, strict=False)]
+        return [*indices, *cell]
+
+    return torch.tensor([name(cell) for cell in cells()])
 
 
 def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -287,42 +290,69 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class DecoderTraining(nn.Module):
-    """The decoder, trained to read scenes in words and answer questions about them."""
+    """The decoder, trained on ideal pictures: each image token is the sum of the words for what is in its patch.
+
+    What the projector has to learn later is to make such sums of the tower's features.
+    """
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
         super().__init__()
         self.language_model = LlamaForCausalLM(text_config(tokenizer.pad_token_id + 1, LAYERS))
+        self.image_token_id = tokenizer.image_token_id
 
-    def forward(self, rows: list[tuple[list[int], list[bool]]]) -> tuple[Tensor, dict[str, float]]:
-        """Conversations, as (ids, which of them belong to answers) -> mean loss and accuracy of the answer tokens."""
+    def forward(self, rows: list[tuple[list[int], list[bool]]], patches: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Conversations and the words of their patches -> mean loss and accuracy of the answer tokens.
+
+        Args:
+            rows: of each conversation, its ids with P image tokens, and which of them belong to answers.
+            patches: (B, P, W), ids.
+        """
         ids = padded([ids for ids, _ in rows])  # (B, T)
         learned = padded([learned for _, learned in rows]).bool()[:, 1:]  # (B, T - 1)
-        hidden = self.language_model.model(self.language_model.model.embed_tokens(ids))[:, :-1]
+        words = self.language_model.model.embed_tokens(ids)
+        pictures = self.language_model.model.embed_tokens(patches).sum(-2)  # (B, P, D)
+        words[ids == self.image_token_id] = F.dropout(pictures.flatten(0, 1), 0.1)
+        hidden = self.language_model.model(words)[:, :-1]
         logits, targets = self.language_model.lm_head(hidden[learned]), ids[:, 1:][learned]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
 
-def decoder_batch(step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer) -> list[tuple[list[int], list[bool]]]:
-    """Conversations about scenes in words.
+def patch_words(scene: world.Scene) -> list[list[str]]:
+    """For each patch, the words for what is in its cell, and for the cell."""
+    things = {(thing.row, thing.column): [*thing[:3]] for thing in scene}
+    return [[*things.get(cell, ["nothing"] * 3), world.ROWS[cell[0]], world.COLUMNS[cell[1]]] for cell in cells()]
 
-    In the first half of the training, guessing fails: there are always three things, no two share a colour or a shape,
-    and every question except those for facts is about one of them.
+
+def decoder_batch(
+    step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
+) -> tuple[list[tuple[list[int], list[bool]]], Tensor]:
+    """Conversations about scenes, and the words of the scenes' patches.
+
+    In the first fifth of the training, guessing fails: there are always three things, no two share a colour or a shape,
+    and every question is about one of them. Wordings are plain at first, and later more and more often the known ones.
     """
-    rng, rows, early = random.Random(f"decoder/{args.seed}/{step}"), [], step < args.steps // 2
+    rng, rows, patches = random.Random(f"decoder/{args.seed}/{step}"), [], []
+    progress = step / args.steps
+    early = progress < 0.2
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else world.make_scene(rng)
-        families = [*ATTRIBUTES, "details"] if early else None
-        turns = talk.ask("facts", scene, Voice(rng)) + talk.converse(scene, rng, 3 if early else 4, families)
+        families = [*ATTRIBUTES, "details", "naming", "facts"] if early else None
+        turns = talk.converse(scene, rng, 8, families, plain=rng.random() > 2 * progress - 0.4)
         (question, answer), *rest = conversation(turns, rng)
-        rows.append(tokenizer.encode_chat([(f"{notes(scene, rng)}\n{question}", answer), *rest], ""))
-    return rows
+        ids, learned = tokenizer.encode_chat([(f"{IMAGE_TOKEN}\n{question}", answer), *rest], "")
+        image = ids.index(tokenizer.image_token_id)
+        words = [[tokenizer.encode(word)[-1] for word in words] for words in patch_words(scene)]
+        ids[image : image + 1], learned[image : image + 1] = len(words) * ids[image : image + 1], len(words) * [False]
+        rows.append((ids[:LONGEST], learned[:LONGEST]))
+        patches.append(words)
+    return rows, torch.tensor(patches)
 
 
 def train_decoder(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
     """Trains the decoder and writes decoder.state."""
     torch.manual_seed(args.seed)
     model = initialised(DecoderTraining(tokenizer))
-    fit("decoder", model, lambda step: model(decoder_batch(step, args, tokenizer)), args, peak=3e-3)
+    fit("decoder", model, lambda step: model(*decoder_batch(step, args, tokenizer)), args, peak=3e-3)
 
 
 def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:

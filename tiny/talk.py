@@ -53,11 +53,13 @@ def ask(family: str, scene: world.Scene, voice: Voice) -> list[Turn]:
     return [turn] if turn else []
 
 
-def converse(scene: world.Scene, rng: random.Random, number: int, families: Sequence[str] | None = None) -> list[Turn]:
-    """A conversation of about `number` turns."""
+def converse(
+    scene: world.Scene, rng: random.Random, number: int, families: Sequence[str] | None = None, plain: bool = False
+) -> list[Turn]:
+    """A conversation of about `number` turns, in plain wordings or in all known ones."""
     families = families or FAMILIES
     weights = [WEIGHTS.get(family, 1) for family in families]
-    voice = Voice(rng)
+    voice = Voice(rng, plain=plain)
     turns: list[Turn] = []
     while len(turns) < number:
         asked = [turn.question for turn in turns]
