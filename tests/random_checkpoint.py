@@ -10,6 +10,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 import torch
 from torch import Tensor
@@ -175,8 +176,8 @@ def write_gguf(file: Path, model: LlavaForConditionalGeneration, kind: str = "Q8
     types = {name: gguf.GGMLQuantizationType[one] for name, one in kinds_of.items()}
     for name, parameter in tensors.items():
         size = {"F32": parameter.nbytes, "Q8_0": parameter.numel() // 32 * 34, "Q4_0": parameter.numel() // 32 * 18}
-        ours = names.get_name(name, try_suffixes=[".weight"])
-        writer.add_tensor_info(ours, parameter.shape, torch.float32, size[kinds_of[name]], types[name])
+        ours = names.get_name(name, try_suffixes=[".weight"]) or name
+        writer.add_tensor_info(ours, parameter.shape, np.dtype("float32"), size[kinds_of[name]], types[name])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
