@@ -42,6 +42,7 @@ KINDS = {  # what is trained -> options of train.py; None: PEFT
     "full, float32": {"lora": None},
     "LoRA, bfloat16": {"dtype": "bfloat16"},
     "LoRA, int8": {"dtype": "bfloat16", "quantize": "int8"},
+    "LoRA, int4": {"dtype": "bfloat16", "quantize": "int4"},
     "PEFT, bfloat16": None,
 }
 CHECKPOINTING = ", checkpointing"
