@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +137,7 @@ def converse(
     for question in questions(args):
         answer: list[int] = []
         first_turn = conversation.shape[1] == 0
-        if note_due and not (is_known(question, tokenizer) and all(map(is_drawn, images))):
+        if note_due and not (images and all(map(is_drawn, images))):
             print(BUILT_IN_NOTE, file=sys.stderr)
             note_due = False
         try:
@@ -214,12 +213,3 @@ def is_drawn(image: Image.Image) -> bool:
     grey = np.asarray(image.convert("L").resize((96, 96)), dtype=np.int16)
     steps = np.maximum(np.abs(np.diff(grey, axis=0))[:, 1:], np.abs(np.diff(grey, axis=1))[1:])
     return bool((steps > 6).mean() < 0.15)  # at most 0.07 in drawn scenes, 0.2 and more in photos
-
-
-def is_known(question: str, tokenizer: LlamaTokenizer) -> bool:
-    """Whether every word of a question is a single piece of the vocabulary, as all words of the built-in model are."""
-    words = re.findall(r"[^\W\d_]+", question)
-    return all(
-        any(len(tokenizer.encode(form, add_special_tokens=False)) == 1 for form in (word, word.lower(), word.title()))
-        for word in words
-    )
