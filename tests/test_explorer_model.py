@@ -213,7 +213,9 @@ def test_answers_equal_pytorchs(built_in, questions, traces):
 @needs_node
 @torch.no_grad()
 def test_attention_and_lens_match_transformers(questions, traces, check):
-    judge = transformers.LlavaForConditionalGeneration.from_pretrained(BUILT_IN, attn_implementation="eager")
+    judge = transformers.LlavaForConditionalGeneration.from_pretrained(
+        BUILT_IN, attn_implementation="eager", dtype=torch.float32
+    )
     decoder, head = in_16_bits(judge).model.language_model, judge.lm_head
     processor = LlavaProcessor.from_pretrained(BUILT_IN)
     for question, trace in list(zip(questions, traces, strict=True))[:10]:

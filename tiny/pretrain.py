@@ -301,12 +301,8 @@ class DecoderTraining(nn.Module):
         self.image_token_id = tokenizer.image_token_id
 
     def forward(self, rows: list[tuple[list[int], list[bool]]], patches: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Conversations and the words of their patches -> mean loss and accuracy of the answer tokens.
-
-        Args:
-            rows: of each conversation, its ids with P image tokens, and which of them belong to answers.
-            patches: (B, P, W), ids.
-        """
+        """Conversations, as (ids with P image tokens, which of them belong to answers), and the words of their patches
+        (B, P, W), as ids -> mean loss and accuracy of the answer tokens."""
         ids = padded([ids for ids, _ in rows])  # (B, T)
         learned = padded([learned for _, learned in rows]).bool()[:, 1:]  # (B, T - 1)
         words = self.language_model.model.embed_tokens(ids)
