@@ -489,7 +489,7 @@ def test_a_saved_quantised_model_is_in_memory_once(quantize, checkpoint, tmp_pat
         model.save_pretrained(tmp_path / target)
     folders = {
         "root": str(request.config.rootpath),
-        "folder": str(tmp_path / "large"),
+        "large": str(tmp_path / "large"),
         "small": str(tmp_path / "small"),
     }
     output = subprocess.run(
