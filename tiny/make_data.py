@@ -228,7 +228,7 @@ def main() -> None:
         "--scenes",
         type=int,
         required=True,
-        help="number of scenes; train adds half as many, for facts, and test as many for each special file",
+        help="number of scenes; test draws as many for each file",
     )
     add("--seed", type=int, default=0, help="seed of the scenes (default 0)")
     args = parser.parse_args()
