@@ -83,7 +83,9 @@ def ask_count(scene: world.Scene, voice: Voice) -> Turn:
     elif rng.random() < 0.07:
         family = rng.choice(["colour", "shape"])
         number = len({getattr(thing, family) for thing in scene})
-        word = "shapes" if family == "shape" else rng.choice(["colours", "colors"])
+        # "How many shapes?" asks for the number of things
+        words = ["different shapes"] if family == "shape" else ["colours", "colors", "different colours"]
+        word = words[0] if voice.plain else rng.choice(words)
         said = f"There {is_are(number)} {COUNTS[number]} {family}{'s' if number > 1 else ''}."
         return Turn("count", voice.ask("different", properties=word), COUNTS[number], said)
     else:
@@ -219,12 +221,16 @@ def ask_comparison(scene: world.Scene, voice: Voice) -> Turn | None:
     large = rng.random() < 0.6
     size = "large" if large else "small"
     answered = "larger" if large else "smaller"
+    comparatives = ["bigger", "larger"] if large else ["smaller", "littler", "smaller"]
     if way == "superlative":
         found = [thing for thing in scene if thing.size == size]
         if len(found) not in (1, len(scene)) or (len(found) > 1 and rng.random() < 0.5):
             return ask_comparison(scene, voice)
-        word = rng.choice(["biggest", "largest"] if large else ["smallest", "littlest", "smallest"])
-        question = voice.ask("superlative", superlative=word)
+        words = ["biggest", "largest"] if large else ["smallest", "littlest", "smallest"]
+        two = len(scene) == 2 and rng.random() < 0.4
+        question = voice.ask("superlative", superlative=rng.choice(comparatives if two else words))
+        if len(found) > 1 and two:
+            return Turn("comparison", question, "neither", "They are the same size.")
         if len(found) > 1:
             return Turn("comparison", question, "none", "They are all the same size.")
         return Turn(
@@ -243,8 +249,7 @@ def ask_comparison(scene: world.Scene, voice: Voice) -> Turn | None:
         said = f"Yes, they have the same {family}." if same else f"No, they have different {family}s."
         return Turn("comparison", question, yes_no(same), said)
     first, second = (refer(rng, scene, thing, "size") for thing in (a, b))
-    word = rng.choice(["bigger", "larger"] if large else ["smaller", "littler", "smaller"])
-    slots = {"first": the(first, voice), "second": the(second, voice), "comparative": word}
+    slots = {"first": the(first, voice), "second": the(second, voice), "comparative": rng.choice(comparatives)}
     if way == "compare":
         holds = a.size == size != b.size
         if not kept(way, holds, rng):
@@ -284,11 +289,13 @@ def ask_quantity(scene: world.Scene, voice: Voice) -> Turn:
     holds = {"all": number == len(members), "both": number == 2, "none": number == 0, "any": number > 0}[way]
     if not kept(way, holds, rng):
         return ask_quantity(scene, voice)
-    asked = voice.word(value)
-    slots = {"many": many(group, voice), "one": worded(group, voice)}
+    one = several = voice.word(value)
     if family == "shape":
-        asked = plural(asked) if way in ("all", "both") else article(asked)
-    question = voice.ask(way, value=asked, **slots)
+        one, several = article(one), plural(several)
+    kind = way
+    if group == Kind() and not voice.plain and rng.random() < 0.4:
+        kind = f"whole_{way}"
+    question = voice.ask(kind, value=one, values=several, many=many(group, voice), one=worded(group, voice))
     says = plural(value) if family == "shape" else value
     some = article(value) if family == "shape" and number == 1 else says
     things = plain_many(group, 2)

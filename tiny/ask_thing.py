@@ -159,32 +159,10 @@ def ask_details(scene: world.Scene, voice: Voice) -> Turn:
     return Turn("details", voice.ask("details", the=asked), thing.name, sentence(f"{said} {says}"))
 
 
-def ask_facts(scene: world.Scene, voice: Voice, number: int = 4) -> Turn:
-    """Asks for facts about single things: "circle red, green top left", or "The circle is red. The green object ...".
-
-    No user would ask this; it is a training exercise. In each fact the value directly follows the attribute that
-    identifies the thing, which makes this the easiest way to learn to look things up. Without it, the model takes very
-    long to learn that from the other questions.
-    """
-    rng, words, sentences = voice.rng, [], []
-    for _ in range(number):
-        thing = rng.choice(scene)
-        first = rng.choice(["colour", "shape"])  # looking up a position is learned without this exercise
-        second = rng.choice([name for name in ("colour", "shape", "position") if name != first] * 2 + ["size"])
-        kind = Kind(**{first: getattr(thing, first)})
-        if sum(map(kind.fits, scene)) == 1:
-            value, says = attribute(second, thing)
-            words.append(f"{getattr(thing, first)} {value}")
-            sentences.append(f"The {kind} {says}.")
-    if not words:
-        return ask_facts(scene, voice, number)
-    return Turn("facts", "List some facts.", ", ".join(words), " ".join(sentences))
-
-
 def ask_followup(scene: world.Scene, voice: Voice) -> tuple[Turn, Turn]:
     """Two turns. The second says "it", or "the other one", and can only be answered with the first as context."""
     rng, kind = voice.rng, None
-    way = rng.choice(["again", "again", "verify", "other" if len(scene) == 2 else "about" if scene[1:] else "again"])
+    way = rng.choice(["again", "verify", "other" if len(scene) == 2 else "about" if scene[1:] else "again"])
     while not kind:
         thing = rng.choice(scene)
         first, second = rng.sample(ATTRIBUTES, 2)

@@ -21,8 +21,9 @@ sys.path.insert(0, str(ROOT))
 from extras.terminal import command_line
 
 SEED = 0
-SCENES, TEST_SCENES = 36_000, 800
-TOWER_STEPS, DECODER_STEPS = 5000, 6000
+SCENES, TEST_SCENES = 24_000, 800
+TOWER_STEPS, DECODER_STEPS = 5000, 10_000
+BESIDE = 3000  # steps of the decoder on one core while the tower is trained on the other
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),
     "decoder: conversations about ideal pictures": ("decoder.csv", "loss"),
@@ -72,14 +73,15 @@ def main() -> None:
     def finished(name: str) -> bool:
         return (folder / name).exists()
 
-    run(1, [tiny / "pretrain.py", "tokenizer", "--output", folder])
+    tokenizer = [tiny / "pretrain.py", "tokenizer", "--output", folder]
     pictures = [tiny / "make_data.py", "train", "--output", data, "--scenes", SCENES, "--seed", SEED]
-    run(
-        1,
-        *([] if finished("data/conversations.json") else [pictures]),  # the last file that make_data.py writes
-        [tiny / "pretrain.py", "tower", "--output", folder, "--steps", TOWER_STEPS, "--seed", SEED],
-        [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", DECODER_STEPS, "--batch", 16, "--seed", SEED],
-    )
+    # make_data.py writes the conversations last
+    run(1, tokenizer, *([] if finished("data/conversations.json") else [pictures]))
+    tower = [tiny / "pretrain.py", "tower", "--output", folder, "--steps", TOWER_STEPS, "--seed", SEED]
+    decoder = [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", DECODER_STEPS]
+    decoder += ["--batch", 16, "--seed", SEED]
+    run(1, tower, [*decoder, "--until", BESIDE])
+    run(2, decoder)
     if not finished("base/preprocessor_config.json"):
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
     stages = [  # stage, source, target, data, batch size, peak learning rate

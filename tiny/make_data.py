@@ -1,12 +1,12 @@
 """Writes the small world to files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 60000
+    python tiny/make_data.py train --output FOLDER --scenes 24000
     python tiny/make_data.py test  --output FOLDER --scenes 800
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 
 "train" also writes, in LLaVA's format:
-FOLDER/captions.json             a caption for each of the first third of the scenes (stage align)
+FOLDER/captions.json             a caption for each of the first half of the scenes (stage align)
 FOLDER/conversations.json        three conversations about each scene (stage instruct)
 
 "test" also writes, each with another file NAME-sentence.jsonl whose answers are sentences:
@@ -82,9 +82,9 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
     files: dict[str, list[dict]] = {name: [] for name in ("captions", "conversations")}
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
-        scene = world.make_scene(rng)
+        scene = talk.make_scene(rng)
         draw(scene, rng, folder / picture_name(i))
-        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 3 else []
+        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 2 else []
         files["conversations"] += [entry(i, conversation(talk.converse(scene, rng, TURNS), rng)) for _ in range(3)]
     for name, entries in files.items():
         write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(entries)))
@@ -143,14 +143,6 @@ def ask_any(scene: world.Scene, voice: Voice) -> list[Turn]:
             return turns
 
 
-def make_like(rng: random.Random) -> world.Scene:
-    """Two or three things of one shape or colour; beside two there is often a third, different thing."""
-    while True:
-        scene = world.make_scene(rng, rng.choice([2, 3, 3]))
-        if max(len(scene) - len({getattr(thing, name) for thing in scene}) for name in ("colour", "shape")) > 0:
-            return scene
-
-
 def count_like(scene: world.Scene, voice: Voice) -> Turn:
     """Asks for the number of the things that are alike."""
     while True:
@@ -189,7 +181,7 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
                 else:
                     turn = ask_attribute(family, scene, thing, voice)
             else:
-                scene = make_like(rng) if name == "like" else world.make_scene(rng)
+                scene = world.make_like(rng) if name == "like" else world.make_scene(rng)
                 turn = count_like(scene, voice) if name == "like" else ask_any(scene, voice)[-1]
             draw(scene, rng, folder / picture_name(i), look)
             questions.add(name, i, scene, rng, [turn])

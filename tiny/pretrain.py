@@ -134,7 +134,7 @@ def fit(
         name: of the files: name.state holds the state to resume from, name.csv the losses.
         model: the model to train.
         loss_of: step -> its loss, and other figures to log.
-        args: steps, batch, seed and output folder.
+        args: steps, where to stop before, batch, seed and output folder.
         peak: the highest learning rate.
 
     Raises a ValueError if the saved state is from a training run with other settings.
@@ -158,9 +158,8 @@ def fit(
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-    warmup, hold = 100, args.steps // 2
-    clock = time.perf_counter()
-    for step in tqdm(range(begin, args.steps), name, initial=begin, total=args.steps, mininterval=5):
+    warmup, hold, clock = 100, args.steps // 2, time.perf_counter()
+    for step in tqdm(range(begin, args.until or args.steps), name, initial=begin, total=args.steps, mininterval=5):
         rate = peak * min((step + 1) / warmup, 1, (args.steps - step) / (args.steps - hold))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -177,7 +176,7 @@ def fit(
             lines += [",".join(values)] if not lines else []
             lines.append(",".join(f"{value:.5g}" for value in values.values()))
             table_file.write_text("\n".join(lines) + "\n")
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 in (args.until, args.steps):
             state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
             state |= {"step": step + 1, "lines": lines, "settings": settings}
             write_atomically(state_file, partial(torch.save, state))
@@ -331,7 +330,7 @@ def decoder_batch(
     progress = step / args.steps
     early = progress < 0.2
     for _ in range(args.batch):
-        scene = world.make_scene(rng, 3, distinct=True) if early else world.make_scene(rng)
+        scene = world.make_scene(rng, 3, distinct=True) if early else talk.make_scene(rng)
         families = [*ATTRIBUTES, "details", "naming", "facts"] if early else None
         turns = talk.converse(scene, rng, 8, families, plain=rng.random() > 2 * progress - 0.4)
         (question, answer), *rest = conversation(turns, rng)
@@ -384,6 +383,7 @@ def main() -> None:
     add("what", choices=["tokenizer", "tower", "decoder", "join"], help="what to train, or join for the checkpoint")
     add("--output", required=True, type=Path, help="folder for tokenizer, training states, losses and checkpoint")
     add("--steps", type=int, default=3000, help="training steps (default 3000)")
+    add("--until", type=int, help="stop after this step; the same command without it goes on")
     add("--batch", type=int, default=32, help="samples per step (default 32)")
     add("--seed", type=int, default=0, help="seed of samples and initial weights (default 0)")
     args = parser.parse_args()

@@ -10,6 +10,7 @@ what a question names but the scene lacks could have been in it.
 import random
 from collections.abc import Callable, Sequence
 
+import ask_exercise
 import ask_scene
 import ask_thing
 import world
@@ -22,7 +23,7 @@ ASKS: dict[str, Callable[[world.Scene, Voice], Turn | None]] = {
     "verify": ask_thing.ask_verify,
     "choice": ask_thing.ask_choice,
     "details": ask_thing.ask_details,
-    "facts": ask_thing.ask_facts,
+    "facts": ask_exercise.ask_exercise,
     "count": ask_scene.ask_count,
     "existence": ask_scene.ask_existence,
     "relation": ask_scene.ask_relation,
@@ -35,12 +36,20 @@ ASKS: dict[str, Callable[[world.Scene, Voice], Turn | None]] = {
     "outside": ask_scene.ask_outside,
 }
 FAMILIES = [*ATTRIBUTES, *ASKS, "follow-up"]
-# How often a family is asked in conversations; the others: 1. Captions have many words.
+# How often a family is asked in conversations; the others: 1. Captions have many words; counting takes long to learn.
 WEIGHTS = {
-    "caption": 0.4,
-    "facts": 0.4,
-    **dict.fromkeys(["relation", "count", "two steps", "comparison", "existence"], 1.5),
+    **dict.fromkeys(["caption", "details"], 0.4),
+    **dict.fromkeys([*ATTRIBUTES, "side", "choice"], 0.6),
+    **dict.fromkeys(["verify", "outside", "two steps", "follow-up"], 1.2),
+    **dict.fromkeys(["relation", "comparison", "existence", "list"], 1.8),
+    **dict.fromkeys(["count", "quantity"], 2.5),
 }
+LIKE = 0.25  # the share of training scenes with like things
+
+
+def make_scene(rng: random.Random) -> world.Scene:
+    """A scene to talk about in training."""
+    return world.make_like(rng) if rng.random() < LIKE else world.make_scene(rng)
 
 
 def ask(family: str, scene: world.Scene, voice: Voice) -> list[Turn]:

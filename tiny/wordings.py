@@ -27,6 +27,7 @@ MACROS = {
     "bigger": "[bigger|larger]",
     "thing": "[thing|object|shape|item]",
     "things": "[things|objects|shapes|items]",
+    "object": "[thing|object|item]",
     "objects": "[things|objects|items]",
     "all": "[all [of|] the|all]",
     "in": "[in|at|on]",

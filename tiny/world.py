@@ -106,6 +106,14 @@ def make_scene(
     return tuple(sorted(things, key=lambda thing: thing.cell))
 
 
+def make_like(rng: random.Random) -> Scene:
+    """Two or three things of one shape or colour; beside two there is often a third, different thing."""
+    while True:
+        scene = make_scene(rng, rng.choice([2, 3, 3]))
+        if max(len(scene) - len({getattr(thing, name) for thing in scene}) for name in ("colour", "shape")) > 0:
+            return scene
+
+
 def make_twin(scene: Scene, rng: random.Random, known: Sequence[tuple[str, str]] = KNOWN) -> Scene:
     """A hard negative: a scene with the same colours, but with different shapes or cells."""
     while True:
