@@ -76,7 +76,7 @@ def products(kind: str, width: int, wide: int, count: int) -> tuple[list[Callabl
     """One row times each of `count` matrices (wide, width), and 600 rows times the first of them, as functions.
 
     They use the kernels of quantize.py. The 600 rows are computed in the weights' dtype if the CPU has fast kernels for
-    it, otherwise in float32. For int8 and int4, only the product in integers is computed, without the zeros.
+    it, otherwise in float32.
     """
     x = torch.randn(PROMPT, width)
     if kind in ("int8", "int4"):
@@ -84,7 +84,7 @@ def products(kind: str, width: int, wide: int, count: int) -> tuple[list[Callabl
         for layer in compact:
             layer.weight.random_(0, 256), layer.scale.fill_(1)
         pack(compact)
-        kernels = [layer.multiply or layer.product for layer in compact]
+        kernels = [layer.product for layer in compact]
         return [partial(kernel, x[:1]) for kernel in kernels], partial(kernels[0], x)
     dtype = getattr(torch, kind)
     layers = [(FloatLinear if kind == "float32" else HalfLinear)(width, wide, False, dtype=dtype) for _ in range(count)]

@@ -6,17 +6,19 @@ A weight is its code, less 8 or 128, times the scale of its group of consecutive
 to 8 bits, with one scale per row and group, and adds up integers. It has kernels for AVX2, AVX-512, VNNI and ARM. The
 package is optional: `pip install onnxruntime`.
 
-A session holds a single matrix, because it computes all of its outputs. The model that describes it is an ONNX file of
-one node. It is written here, byte by byte: that is shorter than it would be with the package `onnx`. While a session is
-built, the runtime packs its own copy of the matrix, with three floats for each group. It does not copy the codes and
-scales that it is given, so if they are mapped from a file, the system can drop them from memory.
+A session holds the matrices that multiply the same input, because it computes all of its outputs. The model that
+describes it is an ONNX file of a few nodes. It is written here, byte by byte: that is shorter than it would be with the
+package `onnx`. While a session is built, the runtime packs its own copy of the matrices, with three floats for each
+group. It does not copy the codes and scales that it is given, so if they are mapped from a file, the system can drop
+them from memory.
 
 Sources: MatMulNBits in onnxruntime's ContribOperators.md; onnx.proto for the numbers of the fields.
 """
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,54 +41,64 @@ def start_threads() -> None:
     onnxruntime.set_global_thread_pool_sizes(torch.get_num_threads(), 1)
 
 
-def multiplier(codes: Tensor, scale: Tensor, bits: int, in_features: int) -> Callable[[Tensor], Tensor]:
-    """A function that multiplies rows by a matrix, on the CPU: (M, in) float32 -> (M, out) float32.
+class Matrix(NamedTuple):
+    """A matrix in compact form."""
 
-    Args:
-        codes: (out, groups, bytes) uint8. Of two codes of 4 bits in a byte, the first is in the lower half.
-        scale: (out, groups) float32.
-        bits: 4 or 8.
-        in_features: the width of the matrix; the codes that pad the last group are ignored.
+    codes: Tensor  # (out, groups, bytes) uint8; of two codes of 4 bits in a byte, the first is in the lower half
+    scale: Tensor  # (out, groups) float32
+    bits: int  # 4 or 8
+
+
+def multiplier(matrices: Sequence[Matrix], in_features: int) -> Callable[[Tensor], list[Tensor]]:
+    """A function that multiplies rows by matrices, on the CPU: (M, in) float32 -> for each matrix (M, out) float32.
+
+    `in_features` is the width of the matrices; codes that pad the last group are ignored.
     """
     import onnxruntime
 
     start_threads()
-    (out_features, groups, size), options = codes.shape, onnxruntime.SessionOptions()
+    options = onnxruntime.SessionOptions()
     options.use_per_session_threads, options.enable_cpu_mem_arena = False, False
     options.log_severity_level = 3  # errors only
-    stored = [onnxruntime.OrtValue.from_dlpack(tensor.detach()) for tensor in (codes, scale.flatten())]
-    options.add_external_initializers(["codes", "scale"], stored)
-    settings = {"K": in_features, "N": out_features, "bits": bits, "block_size": size * 8 // bits}
-    settings["accuracy_level"] = ROUND_TO_8_BITS
-    model = one_node_model(settings, [out_features, groups, size])
+    stored = {f"codes{i}": matrix.codes for i, matrix in enumerate(matrices)}
+    stored |= {f"scale{i}": matrix.scale.float().flatten() for i, matrix in enumerate(matrices)}
+    values = [onnxruntime.OrtValue.from_dlpack(tensor.detach()) for tensor in stored.values()]
+    options.add_external_initializers([*stored], values)
+    model = onnx_model(matrices, in_features)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
-    def multiply(x: Tensor) -> Tensor:
-        """(M, in) -> (M, out). The binding hands over addresses, so nothing is copied."""
-        x, out = x.contiguous(), torch.empty(len(x), out_features, dtype=torch.float32)
+    def multiply(x: Tensor) -> list[Tensor]:
+        """(M, in) -> (M, out) for each matrix. The binding hands over addresses, so nothing is copied."""
+        x, results = x.contiguous(), [torch.empty(len(x), len(matrix.codes)) for matrix in matrices]
         if len(x):
             binding = session.io_binding()
             binding.bind_input("x", "cpu", 0, "float32", x.shape, x.data_ptr())
-            binding.bind_output("y", "cpu", 0, "float32", out.shape, out.data_ptr())
+            for i, result in enumerate(results):
+                binding.bind_output(f"y{i}", "cpu", 0, "float32", result.shape, result.data_ptr())
             session.run_with_iobinding(binding)
-        return out
+        return results
 
     return multiply
 
 
-def one_node_model(settings: dict[str, int], shape: list[int]) -> bytes:
-    """The ONNX model y = MatMulNBits(x, codes, scale), for codes of this shape; codes and scale come from outside."""
-    attributes = [field(5, field(1, name), field(3, value), field(20, 2)) for name, value in settings.items()]
-    names = [field(1, name) for name in ("x", "codes", "scale")]
-    node = field(1, *names, field(2, "y"), field(4, "MatMulNBits"), field(7, "com.microsoft"), *attributes)
-    stored = [outside("codes", UINT8, shape), outside("scale", FLOAT, [shape[0] * shape[1]])]
-    ends = [field(11, floats("x", settings["K"])), field(12, floats("y", settings["N"]))]
-    graph = field(7, node, field(2, "product"), *stored, *ends)
+def onnx_model(matrices: Sequence[Matrix], in_features: int) -> bytes:
+    """y0 = MatMulNBits(x, codes0, scale0), and so on; codes and scales come from outside."""
+    parts = [field(2, "products"), field(11, floats("x", in_features))]
+    for i, (codes, _, bits) in enumerate(matrices):
+        out_features, groups, size = codes.shape
+        settings = {"K": in_features, "N": out_features, "bits": bits, "block_size": size * 8 // bits}
+        settings["accuracy_level"] = ROUND_TO_8_BITS
+        attributes = [field(5, field(1, name), field(3, value), field(20, 2)) for name, value in settings.items()]
+        names = [field(1, name) for name in ("x", f"codes{i}", f"scale{i}")]
+        operator = [field(4, "MatMulNBits"), field(7, "com.microsoft")]
+        parts.append(field(1, *names, field(2, f"y{i}"), *operator, *attributes))
+        parts += [outside(f"codes{i}", UINT8, codes.shape), outside(f"scale{i}", FLOAT, [out_features * groups])]
+        parts.append(field(12, floats(f"y{i}", out_features)))
     versions = [field(8, field(1, domain), field(2, version)) for domain, version in (("", 21), ("com.microsoft", 1))]
-    return b"".join([field(1, 10), graph, *versions])
+    return b"".join([field(1, 10), field(7, *parts), *versions])
 
 
-def outside(name: str, dtype: int, shape: list[int]) -> bytes:
+def outside(name: str, dtype: int, shape: Sequence[int]) -> bytes:
     """A stored tensor whose content is not in the model."""
     location = [field(13, field(1, "location"), field(2, "weights")), field(14, 1)]
     return field(5, *[field(1, size) for size in shape], field(2, dtype), field(8, name), *location)

@@ -2,7 +2,7 @@
 
     FloatLinear    weight (out, in) float32
     HalfLinear     weight (out, in) float16 or bfloat16
-    CompactLinear  weight (out, groups, bytes) uint8, scale (out, groups) float32, zero (groups, out) float32
+    CompactLinear  weight (out, groups, bytes) uint8, scale (out, groups) float32
                    8 bits: (byte - 128) * scale          4 bits: (half a byte - 8) * scale + zero
 
 Decoding reads every weight from memory once per token, so its speed depends on their size in bytes; a prompt has
@@ -28,6 +28,7 @@ from extras.machine import keep_freed_memory, map_large_blocks
 
 SCHEMES = {f"int{bits}": {"quant_method": "compact", "bits": bits, "version": 1} for bits in (8, 4)}  # in config.json
 BLOCK = 1024  # rows of a matrix that are dequantised at a time
+SAME_INPUT = (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"])  # layers that multiply the same rows
 ROUNDED_ROWS = 32  # rows that are rounded at a time: few enough for intermediate results to stay in the CPU's cache
 RANGES, FITS = (1, 0.92, 0.84, 0.76), 3  # attempts at rounding to 4 bits: parts of the range, least squares for each
 
@@ -64,6 +65,9 @@ class HalfLinear(nn.Linear):
 class CompactLinear(nn.Module):
     """Weights of 8 or 4 bits in groups of consecutive inputs, each with its scale and, in 4 bits, its zero.
 
+    The zeros are further columns of the matrix, in the same 4 bits: a zero is multiplied by the sum of its group's
+    inputs, so those sums are further inputs.
+
     On a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Without it, and on other devices, the
     weights are dequantised block by block on every call: slow, but with the same result up to that rounding.
 
@@ -75,13 +79,15 @@ class CompactLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, bits: int = 8, group: int = 32) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
-        groups = math.ceil(in_features / group)  # the last one is padded with weights that are ignored
+        self.groups = math.ceil(in_features / group)  # the last one is padded with weights that are ignored
+        groups = self.groups + (math.ceil(self.groups / group) if bits == 4 else 0)
         self.weight = stored(torch.empty(out_features, groups, group * bits // 8, dtype=torch.uint8))
         self.scale = stored(torch.empty(out_features, groups, dtype=torch.float32))
-        self.zero = stored(torch.empty(groups, out_features, dtype=torch.float32)) if bits == 4 else None
         self.bias = stored(torch.empty(out_features)) if bias else None
         self.uses_runtime = matmul.is_installed()
-        self.multiply: Callable[[Tensor], Tensor] | None = None  # ONNX Runtime's product, once it has packed the weight
+        self.siblings = [self]  # the layers with the same input, which are multiplied together
+        self.multiply: Callable[[Tensor], list[Tensor]] | None = None  # by all siblings, once the weights are packed
+        self.products: tuple[Tensor, list[Tensor]] | None = None  # the last input, and what the siblings made of it
 
     @torch.no_grad()
     def load_weight(self, weight: Tensor, importance: Tensor | None = None) -> None:
@@ -89,29 +95,28 @@ class CompactLinear(nn.Module):
 
         With 4 bits, `importance` (in,) weighs the squared errors: the mean squares of the inputs. None: all are alike.
         """
-        padding = (0, self.scale.shape[1] * self.group - self.in_features)
+        padding = (0, self.groups * self.group - self.in_features)
         importance = torch.ones(self.in_features) if importance is None else importance.float()
         importance = importance + 1e-4 * importance.mean().clamp_(
             min=1e-30
         )  # inputs that were always 0 may not stay so
         grouped = F.pad(importance, padding).view(-1, self.group).to(weight.device)  # (groups, group)
-        parts: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[Tensor, Tensor]] = []
         for rows in weight.split(ROUNDED_ROWS):
             values = F.pad(rows.float(), padding).view(len(rows), -1, self.group)  # (rows, groups, group)
             parts.append(round_to_4_bits(values, grouped) if self.bits == 4 else round_to_8_bits(values))
-        codes, scale, *zero = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.weight, self.scale, self.multiply = stored(codes), stored(scale), None
-        if self.zero is not None:
-            self.zero = stored(zero[0].t().contiguous())
+        codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.weight, self.scale, self.siblings[0].multiply = stored(codes), stored(scale), None
 
     def blocks(self, rows: int = BLOCK) -> Iterator[Tensor]:
         """The weight matrix in float32, `rows` of its outputs at a time: (rows, in), the last one shorter."""
-        zeros = [None] * self.out_features if self.zero is None else self.zero.t().split(rows)
-        for codes, scale, zero in zip(self.weight.split(rows), self.scale.split(rows), zeros, strict=False):
+        for codes, scale in zip(self.weight.split(rows), self.scale.split(rows), strict=True):
             if self.bits == 4:
                 codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
             values = (codes.float() - 2 ** (self.bits - 1)) * scale[..., None].float()
-            values = values if zero is None else values + zero[..., None].float()
+            if self.bits == 4:
+                values, zeros = values[:, : self.groups], values[:, self.groups :].flatten(1)[:, : self.groups]
+                values = values + zeros[..., None]
             yield values.flatten(1)[:, : self.in_features]
 
     def dequantized(self) -> Tensor:
@@ -120,32 +125,43 @@ class CompactLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out), in the dtype of x. Gradients flow to x, not to the weights."""
-        rows = x.reshape(-1, self.in_features)
-        out = self.product(rows)
+        out = self.product(x)  # (M, out)
         out = out if self.bias is None else out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
-        """(M, in) -> (M, out), without the bias."""
-        if self.multiply is None:
-            pack([self])
-        if self.multiply is None or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
-            dtype = torch.float32 if x.device.type == "cpu" else x.dtype
-            return torch.cat([F.linear(x.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
-        out = self.multiply(x.float())
-        if self.zero is not None:
-            padded = F.pad(x, (0, -self.in_features % self.group)) if self.in_features % self.group else x
-            out += padded.float().view(len(x), -1, self.group).sum(-1) @ self.zero  # the sum of each group, times zero
-        return out
+        """(..., in) -> (M, out), without the bias. The first of the siblings multiplies for all of them."""
+        first = self.siblings[0]
+        if first.multiply is None:
+            pack([first])
+        if first.multiply is None or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
+            dtype, rows = torch.float32 if x.device.type == "cpu" else x.dtype, x.reshape(-1, self.in_features)
+            return torch.cat([F.linear(rows.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
+        products = first.products
+        if products is None or products[0] is not x:
+            products = x, first.multiply(self.with_sums(x.reshape(-1, self.in_features).float()))
+        first.products = None if self is self.siblings[-1] else products  # a result is not kept longer than needed
+        return products[1][self.siblings.index(self)]
+
+    def with_sums(self, x: Tensor) -> Tensor:
+        """The inputs as the matrix has columns: in 4 bits (M, in) -> (M, padded in + padded groups), else unchanged."""
+        if self.bits == 8:
+            return x
+        x = F.pad(x, (0, self.groups * self.group - self.in_features))
+        sums = x.view(len(x), self.groups, self.group).sum(-1)
+        return torch.cat([x, F.pad(sums, (0, -self.groups % self.group))], dim=-1)
 
 
 def pack(layers: Sequence[CompactLinear]) -> None:
     """Lets ONNX Runtime pack the weights of layers that are on the CPU, if it is installed."""
 
-    def one(layer: CompactLinear) -> None:
-        layer.multiply = matmul.multiplier(layer.weight, layer.scale.float(), layer.bits, layer.in_features)
+    def one(first: CompactLinear) -> None:
+        matrices = [matmul.Matrix(layer.weight, layer.scale, layer.bits) for layer in first.siblings]
+        columns = first.in_features if first.bits == 8 else first.scale.shape[1] * first.group
+        first.multiply = matmul.multiplier(matrices, columns)
 
-    if layers := [layer for layer in layers if layer.uses_runtime and layer.weight.device.type == "cpu"]:
+    firsts = {layer.siblings[0]: None for layer in layers}
+    if layers := [layer for layer in firsts if layer.uses_runtime and layer.weight.device.type == "cpu"]:
         matmul.start_threads()
         map_large_blocks()  # packing needs as much temporary memory as a matrix has
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
@@ -164,12 +180,13 @@ def round_to_8_bits(values: Tensor) -> tuple[Tensor, Tensor]:
     return (values / scale[..., None]).round_().add_(128).to(torch.uint8), scale
 
 
-def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(rows, groups, group) -> codes (rows, groups, group / 2), uint8, scales and zeros (rows, groups).
+def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, groups, group) -> codes (rows, groups and more, group / 2), uint8, and scales (rows, groups and more).
 
     They minimise the squared errors of a group, weighted by `importance` (groups, group), as far as four attempts do.
     Each starts from the range of the group, or less of it, rounds, and solves the least squares for scale and zero with
-    the codes fixed, several times.
+    the codes fixed, several times. Of the best one, the zeros are then rounded to 4 bits themselves, as the last groups
+    of the result, and codes and scales follow.
     """
     weighted, total = importance * values, importance.sum(-1).clamp_(min=1e-30)
     mean = weighted.sum(-1) / total
@@ -196,8 +213,19 @@ def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor,
             for new, old in zip(found, best, strict=True)
         ]
     _, codes, scale, zero = best
+    zeros = F.pad(zero, (0, -zero.shape[1] % values.shape[-1])).unflatten(1, (-1, values.shape[-1]))
+    zero_scale = zeros.abs().amax(-1).clamp_(min=1e-30) / 7
+    zero_codes = (zeros / zero_scale[..., None]).round_()
+    rounded = (zero_codes * zero_scale[..., None]).flatten(1)[:, : zero.shape[1]]
+    scale = scale.abs().maximum((zero - rounded).abs() / 4)  # even a group of equal weights can make up for the change
+    values = values - rounded[..., None]
+    codes = (values / scale[..., None]).round_().clamp_(-8, 7)
+    shares = importance * codes
+    squares = (shares * codes).sum(-1)
+    scale = torch.where(squares > 0, (shares * values).sum(-1) / squares, scale)
+    codes, scale = torch.cat([codes, zero_codes], 1), torch.cat([scale, zero_scale], 1)
     first, second = codes.add_(8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
-    return first | second << 4, scale, zero
+    return first | second << 4, scale
 
 
 def multiply_floats(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -236,6 +264,10 @@ def compact_linears(
                 child.__class__ = HalfLinear  # keeps the parameters, so that a tied head stays tied
             elif on_cpu and child.weight.dtype == torch.float32 and child.weight.numel() >= 2**20:
                 child.__class__ = FloatLinear  # smaller layers gain little
+        for names in SAME_INPUT:
+            layers = [layer for name in names if isinstance(layer := getattr(module, name, None), CompactLinear)]
+            for layer in layers:
+                layer.siblings = layers
 
 
 def bits_and_group(name: str, quantize: str | None, tied: bool) -> tuple[int, int] | None:

@@ -93,19 +93,22 @@ def random_weights(name: str, shape: torch.Size) -> Tensor:
 
 
 def random_tensor(model: LlavaForConditionalGeneration, name: str) -> Tensor:
-    """What is stored under this name: random weights in float16, or the codes, scales and zeros of a compact layer."""
+    """What is stored under this name: random weights in float16, or the codes and scales of a compact layer."""
     parameter, path = model.get_parameter(name), name.rpartition(".")[0]
     layer = model.get_submodule(path)
     if not isinstance(layer, CompactLinear) or name == f"{path}.bias":
         return random_weights(name, parameter.shape).half()
     if name == f"{path}.weight":
-        codes = torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+        codes = torch.randint(1, 2**layer.bits, parameter.shape, dtype=torch.uint8)  # without 0, their mean is 0
+        if layer.bits == 4:
+            codes |= torch.randint(1, 16, parameter.shape, dtype=torch.uint8) << 4
         if path.endswith("lm_head"):
             codes[2] = 128
         return codes
-    deviation = 4.61 if layer.bits == 4 else 73.9  # of codes that are all equally likely; their mean is -0.5
-    scale = layer.in_features**-0.5 / deviation
-    return torch.full(parameter.shape, scale if name == f"{path}.scale" else scale / 2, dtype=parameter.dtype)
+    deviation = 4.32 if layer.bits == 4 else 73.3  # of codes that are all equally likely
+    scale = torch.full(parameter.shape, layer.in_features**-0.5 / deviation, dtype=parameter.dtype)
+    scale[:, layer.groups :] /= 16  # of the zeros
+    return scale
 
 
 DTYPES = {torch.uint8: "U8", torch.float32: "F32", torch.float16: "F16"}
