@@ -4,6 +4,7 @@ Source: the hyperparameters of LLaVA-1.5's released script for LoRA.
 """
 
 import argparse
+import re
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from extras.lora import FullLinear, Linear, LoraLinear, freeze_base, put_in
 from extras.quantize import SCHEMES
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]  # the decoder's linear layers
+VISION_TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]  # the vision tower's
 PROJECTOR = "multi_modal_projector"
 LEARNING_RATE = 2e-4
 # The options that need --lora, and their defaults; that of the alpha is twice the rank.
 DEFAULTS = {"lora_alpha": None, "lora_dropout": 0.05, "lora_targets": TARGETS, "projector_learning_rate": 2e-5}
-DEFAULTS |= {"quantize": None, "dtype": None}
+DEFAULTS |= {"lora_vision": False, "quantize": None, "dtype": None}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", type=float, help="the LoRA is scaled by alpha / rank (default: twice the rank)")
     add("--lora-dropout", type=float, help="on the inputs of the LoRA (default: 0.05)")
     add("--lora-targets", nargs="+", choices=TARGETS, help="the decoder's layers that get a LoRA (default: all)")
+    add("--lora-vision", action="store_true", default=None, help="put a LoRA into the vision tower, too")
     add("--projector-learning-rate", type=float, help="peak value for the projector; 0 freezes it (default: 2e-5)")
     add("--quantize", choices=SCHEMES, help="store the frozen base in 8 or 4 bits per weight")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the frozen base (default: the checkpoint's)")
@@ -77,22 +80,22 @@ def load_frozen(model_class: Any, args: argparse.Namespace, device: torch.device
 
 
 def add_lora(model: nn.Module, args: argparse.Namespace) -> AdapterConfig:
-    """Freezes the model, and adds what is trained: a LoRA in the decoder, and copies of the projector's layers."""
+    """Freezes the model, and adds what is trained: a LoRA in the decoder, and copies of the projector's layers.
+
+    With `args.lora_vision`, the vision tower has a LoRA as well.
+    """
     freeze_base(model)
     torch.manual_seed(args.seed)
     layers: dict[str, nn.Module] = {}
+    # Expressions that fit the names in all versions of transformers
+    targets = rf"(.*language_model\..*\.({'|'.join(args.lora_targets)})"
+    targets += rf"|.*vision_tower\..*\.({'|'.join(VISION_TARGETS)}))" if args.lora_vision else ")"
     for name, module in model.named_modules():
-        if (
-            isinstance(module, Linear)
-            and name.startswith("language_model.")
-            and name.endswith(tuple(args.lora_targets))
-        ):
+        if isinstance(module, Linear) and re.fullmatch(targets, name):
             layers[name] = LoraLinear(module, args.lora, args.lora_alpha / args.lora, args.lora_dropout)
         elif isinstance(module, Linear) and name.startswith(f"{PROJECTOR}.") and args.projector_learning_rate:
             layers[name] = FullLinear(module)
     put_in(model.train(), layers)
-    # An expression that fits the names in all versions of transformers
-    targets = rf".*language_model\..*\.({'|'.join(args.lora_targets)})"
     in_full = [PROJECTOR] if args.projector_learning_rate else None
     return AdapterConfig(args.lora, args.lora_alpha, args.lora_dropout, targets, in_full, args.model)
 

@@ -162,11 +162,14 @@ def test_micro_batches_do_not_change_the_losses_without_dropout(bench):
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
 
 
-def test_the_adapter_gives_the_same_logits_in_peft(bench, learned, check):
-    base = bench.folder / "base"
+@pytest.mark.parametrize("vision", [False, True])
+def test_the_adapter_gives_the_same_logits_in_peft(vision, bench, learned, check):
+    base, adapter = bench.folder / "base", bench.train("eyes", MIXED, *LONG, "--lora-vision") if vision else learned
+    tower = [t for name, t in load_file(adapter / WEIGHTS_FILE).items() if "vision_tower" in name and "lora_B" in name]
+    assert sum(bool(tensor.any()) for tensor in tower) == 2 * 6 * vision  # features are of the last but one of 3 layers
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
-    theirs = peft.PeftModel.from_pretrained(reference, learned)
-    ours = LlavaForConditionalGeneration.from_pretrained(base, adapter=learned)
+    theirs = peft.PeftModel.from_pretrained(reference, adapter)
+    ours = LlavaForConditionalGeneration.from_pretrained(base, adapter=adapter)
     inputs = LlavaProcessor.from_pretrained(base)(Image.new("RGB", (40, 50), "red"), "USER: <image>\nWhich? ASSISTANT:")
     with torch.no_grad():
         check("LoRA made here, logits", ours(**inputs).logits, theirs(**inputs).logits)

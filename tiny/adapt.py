@@ -162,7 +162,7 @@ def adapt(args: argparse.Namespace) -> None:
     command = [ROOT / "train.py", "--stage", "instruct", "--model", BASE, "--output", folder / "adapter"]
     command += ["--data", folder / "train.json", "--images", folder, "--system", "", "--device", "cpu"]
     command += ["--lora", args.rank, "--lora-dropout", 0, "--learning-rate", args.learning_rate, "--seed", args.seed]
-    command += ["--projector-learning-rate", args.projector_learning_rate, "--epochs", args.epochs]
+    command += ["--projector-learning-rate", args.projector_learning_rate, "--epochs", args.epochs, "--lora-vision"]
     run(*command, "--batch", 16, "--micro-batch", 8)
     trained = time.perf_counter()
 
