@@ -76,7 +76,7 @@ def find_image(images: Path, question: dict) -> Path:
     for path in [images / name, *(images / folder / name for folder in folders)]:
         if path.is_file():
             return path
-    places = f" (nor in its subfolders {', '.join(folders)})" if folders else ""
+    places = f" (nor in {' or '.join(str(images / folder) for folder in folders)})" if folders else ""
     raise FileNotFoundError(f"question {question['question_id']} needs the image {name}, not in {images}{places}")
 
 

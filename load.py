@@ -31,6 +31,7 @@ PREFIXES = [
 GIT_LFS = b"version https://git-lfs"  # the first bytes of the placeholder that git leaves for a file it has not fetched
 HARMLESS = (".position_ids", ".rotary_emb.inv_freq")  # buffers in old checkpoints that can be recomputed
 FLOATS = ["F64", "F32", "F16", "BF16"]
+SHOWN = 20  # of the tensors that do not match a config.json
 BIG = 10**9  # bytes from which loading takes long enough for a progress bar
 
 
@@ -82,7 +83,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
 def stored_tensors(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
     """What `find_tensors` finds, if it matches the model.
 
-    Raises a ValueError that names every tensor that is missing, unexpected, or of the wrong shape or dtype.
+    Raises a ValueError that names tensors that are missing, unexpected, or of the wrong shape or dtype.
     """
     stored = find_tensors(folder)
     wanted = dict(model.named_parameters())  # a tied parameter appears under its first name only
@@ -100,7 +101,8 @@ def stored_tensors(model: nn.Module, folder: Path) -> dict[str, StoredTensor]:
             allowed = "U8 is supported" if codes else f"{', '.join(FLOATS)} are supported (not quantised weights)"
             problems.append(f"wrong dtype: {name} is {tensor.dtype}, but only {allowed}")
     if problems:
-        raise ValueError("\n  ".join([f"the weights in {folder} do not match its config.json:", *sorted(problems)]))
+        shown = [*sorted(problems)[:SHOWN], *[f"and {len(problems) - SHOWN} more"][: len(problems) > SHOWN]]
+        raise ValueError("\n  ".join([f"the weights in {folder} do not match its config.json:", *shown]))
     return stored
 
 

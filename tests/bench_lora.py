@@ -31,7 +31,15 @@ import train
 from bench import IMAGE_TOKEN_ID, SHAPES, meta_model, print_table
 from extras.files import write_json
 from extras.limits import describe_machine
-from extras.lora_training import LEARNING_RATE, PROJECTOR, TARGETS, add_lora, load_frozen, parameter_groups
+from extras.lora_training import (
+    DEFAULTS,
+    LEARNING_RATE,
+    PROJECTOR,
+    TARGETS,
+    add_lora,
+    load_frozen,
+    parameter_groups,
+)
 from extras.machine import free_memory, peak_memory
 from extras.terminal import command_line
 from llava import LlavaForConditionalGeneration
@@ -68,8 +76,8 @@ def samples(shape: str, args: argparse.Namespace) -> Inputs:
 
 def ours(folder: str, options: dict, checkpointing: bool, rank: int) -> Step:
     """What train.py does in a step."""
-    settings = {"lora": rank, "lora_alpha": 2.0 * rank, "lora_dropout": 0.05, "lora_targets": TARGETS, "model": folder}
-    settings |= {"projector_learning_rate": 2e-5, "quantize": None, "seed": 0, "learning_rate": LEARNING_RATE}
+    settings = DEFAULTS | {"lora": rank, "lora_alpha": 2.0 * rank, "model": folder}
+    settings |= {"seed": 0, "learning_rate": LEARNING_RATE}
     args, device = argparse.Namespace(**settings | options), torch.device("cpu")
     if args.lora:
         model = load_frozen(LlavaForConditionalGeneration, args, device)

@@ -545,8 +545,8 @@ def test_unfit_annotations_are_refused(content, sentence, tmp_path):
         (
             "VizWiz",
             ["--model", "none"],
-            r"question VizWiz_val_00000000.jpg needs the image VizWiz_val_00000000.jpg, not in . \(nor in its "
-            r"subfolders train, val, test\)",
+            r"question VizWiz_val_00000000.jpg needs the image VizWiz_val_00000000.jpg, not in . \(nor in "
+            r"train or val or test\)",
         ),
     ],
 )

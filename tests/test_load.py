@@ -136,6 +136,13 @@ def test_one_message_names_every_tensor_that_does_not_match(judge, tmp_path):
     ]
 
 
+def test_the_message_stays_short_if_nothing_matches(judge, tmp_path):
+    write(tmp_path, judge, {f"layers.{i}": torch.zeros(2) for i in range(100)})
+    with pytest.raises(ValueError, match=r"\n  and \d+ more$") as error:
+        LlavaForConditionalGeneration.from_pretrained(tmp_path)
+    assert len(str(error.value).splitlines()) == 1 + 20 + 1
+
+
 # The hub
 
 
