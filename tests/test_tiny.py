@@ -207,11 +207,12 @@ def test_a_thing_of_any_colour_never_completes_a_held_out_combination():
             assert world.far(world.mix_tint(thing, 128, rng), world.TINTS[colour], 70)
 
 
-def test_visitors_questions_are_about_drawn_scenes_and_have_answers():
-    visitors = read_json(make_data.VISITORS)
-    assert len(visitors["scenes"]) == 60 and len(visitors["questions"]) >= 300
+@pytest.mark.parametrize(("name", "scenes", "questions"), [("visitors", 60, 330), ("visitors later", 40, 160)])
+def test_visitors_questions_are_about_drawn_scenes_and_have_answers(name, scenes, questions):
+    visitors = read_json(make_data.VISITORS[name])
+    assert (len(visitors["scenes"]), len(visitors["questions"])) == (scenes, questions)
     for question in visitors["questions"]:
-        assert question["answers"] and 0 <= question["scene"] < 60
+        assert question["answers"] and 0 <= question["scene"] < scenes
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def main() -> None:
             run(2, command)
     if not finished("model/preprocessor_config.json"):
         run(2, [ROOT / "llava.py", "--model", folder / "trained", "--dtype", "float16", "--save", folder / "model"])
-    if not finished("test/visitors.jsonl"):  # the last file that make_data.py writes
+    if not finished("test/visitors later.jsonl"):  # the last file that make_data.py writes
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", TEST_SCENES, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])
     draw_curves(folder)

@@ -17,7 +17,8 @@ FOLDER/unseen.jsonl              about things whose combination of colour and sh
 FOLDER/like.jsonl                how many there are of two or three things of a shape or colour, often beside another
 FOLDER/CONDITION.jsonl           about pictures disturbed in one way: outlines, noise, ...
 
-Last of all comes FOLDER/visitors.jsonl, without sentences: the hand-written questions of tests/visitors.json.
+Last of all come FOLDER/visitors.jsonl and FOLDER/visitors later.jsonl, without sentences: the hand-written questions of
+tests/visitors.json and of tests/visitors_later.json.
 
 The scenes of "train" and "test", and those of different seeds, are generated independently.
 """
@@ -41,7 +42,8 @@ from extras.files import read_json, write_atomically
 from tokenizer import SHORT_ANSWER
 
 TURNS = 7  # per conversation, approximately
-VISITORS = Path(__file__).parents[1] / "tests" / "visitors.json"
+TESTS = Path(__file__).parents[1] / "tests"
+VISITORS = {"visitors": TESTS / "visitors.json", "visitors later": TESTS / "visitors_later.json"}
 
 
 def picture_name(index: int) -> str:
@@ -186,28 +188,28 @@ def make_test(folder: Path, scenes: int, seed: int) -> None:
             draw(scene, rng, folder / picture_name(i), look)
             questions.add(name, i, scene, rng, [turn])
     questions.write()
-    make_visitors(folder)
+    for name, file in VISITORS.items():
+        make_visitors(folder, name, read_json(file))
 
 
-def make_visitors(folder: Path) -> None:
-    """Writes the pictures and questions of tests/visitors.json, with all the answers that are right."""
-    visitors = read_json(VISITORS)
+def make_visitors(folder: Path, name: str, visitors: dict) -> None:
+    """Writes the pictures and questions of visitors, with all the answers that are right."""
     scenes = []
     for i, things in enumerate(visitors["scenes"]):
         scene = [world.Thing(colour, shape, size, world.CELLS.index(cell)) for size, colour, shape, cell in things]
         scenes.append(scene)
-        draw(tuple(scene), random.Random(f"visitors/{i}"), folder / f"pictures/visitors-{i:02}.png", world.PLAIN_LOOK)
+        draw(tuple(scene), random.Random(f"{name}/{i}"), folder / f"pictures/{name}-{i:02}.png", world.PLAIN_LOOK)
     lines = [
         {
             "question_id": i,
-            "image": f"pictures/visitors-{question['scene']:02}.png",
+            "image": f"pictures/{name}-{question['scene']:02}.png",
             "text": question["question"],
             "answers": question["answers"],
             "category": question["kind"],
         }
         for i, question in enumerate(visitors["questions"])
     ]
-    (folder / "visitors.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def main() -> None:

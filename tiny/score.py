@@ -37,7 +37,9 @@ from extras.benchmarks import read_lines
 from extras.scores import METRICS, exact_match
 
 NAMES = [family for family in FAMILIES if family != "facts"]
-OTHERS = ["typos", "unseen", "like", *world.CONDITIONS, "visitors"]
+OTHERS = ["typos", "unseen", "like", *world.CONDITIONS, "visitors", "visitors later"]
+# Answers that claim nothing about what is not of this world
+HONEST = ("no", "none", "nothing", "zero", "neither", "unknown")
 # How sentences state the short answers that they do not contain
 STATED = {"zero": "no|only", "none": "no|not|only|same", "neither": "same", "unknown": "only know", "one": "one|is a"}
 VALUES = [list(world.COLOURS), world.SHAPES, list(world.SIZES), [*world.ROWS, *world.COLUMNS], COUNTS]
@@ -138,10 +140,13 @@ def main() -> None:
         if name == "existence":
             truth = [[line["answer"]] for line in lines]
             pope = METRICS["pope"](list(zip(answers(name), truth, strict=True)))["F1"]
+    told = [text.lower() for name in ("outside", "outside-held-out") for text in answers(name)]
+    invented = 100 * sum(text not in HONEST for text in told) / len(told)
+    rows.append(f"\nAnswers to questions about what is not of this world that invent something: {invented:.1f} %.")
     rows += [f"\nExistence as in POPE: F1 {pope:.3f}.\n", "| test | questions | short | sentence |", "| --- " * 4 + "|"]
     for name in OTHERS:
         lines = read_lines(args.test / f"{name}.jsonl")
-        if name == "visitors":
+        if name.startswith("visitors"):
             told = ask(args.model, args.test / f"{name}.jsonl", args.test, folder / f"{name}-sentence.jsonl", False)
             sentences = [states(text, line["text"], line["answers"]) for text, line in zip(told, lines, strict=True)]
             second = 100 * sum(sentences) / len(lines)
