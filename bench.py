@@ -240,7 +240,7 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
     flops, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
     for layer_name, layer in meta_model(shape, dtype, None if is_peer else quantize).language_model.named_modules():
         if isinstance(layer, CompactLinear):
-            token += layer.weight.nbytes / limits[f"int{layer.bits}: {GB_S}"] / 1e9
+            token += layer.in_features * layer.out_features * layer.bits / 8 / limits[f"int{layer.bits}: {GB_S}"] / 1e9
         elif isinstance(layer, torch.nn.Linear):
             theirs = "int8" if layer_name == "lm_head" else quantize
             kind = str(theirs if is_peer else layer.weight.dtype).removeprefix("torch.")

@@ -6,7 +6,7 @@ A weight is its code, less 8 or 128, times the scale of its group of consecutive
 to 8 bits, with one scale per row and group, and adds up integers. It has kernels for AVX2, AVX-512, VNNI and ARM. The
 package is optional: `pip install onnxruntime`.
 
-A session holds the matrices that multiply the same input, because it computes all of its outputs. The model that
+A session computes all of its outputs at once, so it holds the matrices that multiply the same input. The model that
 describes it is an ONNX file of a few nodes. It is written here, byte by byte: that is shorter than it would be with the
 package `onnx`. While a session is built, the runtime packs its own copy of the matrices, with three floats for each
 group. It does not copy the codes and scales that it is given, so if they are mapped from a file, the system can drop
@@ -66,10 +66,11 @@ def multiplier(matrices: Sequence[Matrix], in_features: int) -> Callable[[Tensor
     options.add_external_initializers([*stored], values)
     model = onnx_model(matrices, in_features)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    widths = [len(matrix.codes) for matrix in matrices]
 
     def multiply(x: Tensor) -> list[Tensor]:
         """(M, in) -> (M, out) for each matrix. The binding hands over addresses, so nothing is copied."""
-        x, results = x.contiguous(), [torch.empty(len(x), len(matrix.codes)) for matrix in matrices]
+        x, results = x.contiguous(), [torch.empty(len(x), width, dtype=torch.float32) for width in widths]
         if len(x):
             binding = session.io_binding()
             binding.bind_input("x", "cpu", 0, "float32", x.shape, x.data_ptr())

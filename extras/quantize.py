@@ -4,6 +4,7 @@
     HalfLinear     weight (out, in) float16 or bfloat16
     CompactLinear  weight (out, groups, bytes) uint8, scale (out, groups) float32
                    8 bits: (byte - 128) * scale          4 bits: (half a byte - 8) * scale + zero
+                   In 4 bits, the last groups of a row hold its zeros.
 
 Decoding reads every weight from memory once per token, so its speed depends on their size in bytes; a prompt has
 hundreds of rows, so its speed depends on arithmetic. Each layer uses a fast kernel for both cases, and is a drop-in
@@ -16,6 +17,7 @@ a single row of bfloat16 is twice as fast as oneDNN's.
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from extras import matmul
 from extras.machine import keep_freed_memory, map_large_blocks
 
-SCHEMES = {f"int{bits}": {"quant_method": "compact", "bits": bits, "version": 1} for bits in (8, 4)}  # in config.json
+SCHEMES = {f"int{bits}": {"quant_method": "compact", "bits": bits, "version": 2} for bits in (8, 4)}  # in config.json
 BLOCK = 1024  # rows of a matrix that are dequantised at a time
 SAME_INPUT = (["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"])  # layers that multiply the same rows
 ROUNDED_ROWS = 32  # rows that are rounded at a time: few enough for intermediate results to stay in the CPU's cache
@@ -65,8 +67,8 @@ class HalfLinear(nn.Linear):
 class CompactLinear(nn.Module):
     """Weights of 8 or 4 bits in groups of consecutive inputs, each with its scale and, in 4 bits, its zero.
 
-    The zeros are further columns of the matrix, in the same 4 bits: a zero is multiplied by the sum of its group's
-    inputs, so those sums are further inputs.
+    The zeros are additional columns of the matrix, in the same 4 bits: a zero is multiplied by the sum of its group's
+    inputs, so those sums are additional inputs.
 
     On a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Without it, and on other devices, the
     weights are dequantised block by block on every call: slow, but with the same result up to that rounding.
@@ -85,9 +87,7 @@ class CompactLinear(nn.Module):
         self.scale = stored(torch.empty(out_features, groups, dtype=torch.float32))
         self.bias = stored(torch.empty(out_features)) if bias else None
         self.uses_runtime = matmul.is_installed()
-        self.siblings = [self]  # the layers with the same input, which are multiplied together
-        self.multiply: Callable[[Tensor], list[Tensor]] | None = None  # by all siblings, once the weights are packed
-        self.products: tuple[Tensor, list[Tensor]] | None = None  # the last input, and what the siblings made of it
+        self.shared, self.index = Shared(self), 0  # with the layers that have the same input; its place among them
 
     @torch.no_grad()
     def load_weight(self, weight: Tensor, importance: Tensor | None = None) -> None:
@@ -106,7 +106,7 @@ class CompactLinear(nn.Module):
             values = F.pad(rows.float(), padding).view(len(rows), -1, self.group)  # (rows, groups, group)
             parts.append(round_to_4_bits(values, grouped) if self.bits == 4 else round_to_8_bits(values))
         codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
-        self.weight, self.scale, self.siblings[0].multiply = stored(codes), stored(scale), None
+        self.weight, self.scale, self.shared.multiply = stored(codes), stored(scale), None
 
     def blocks(self, rows: int = BLOCK) -> Iterator[Tensor]:
         """The weight matrix in float32, `rows` of its outputs at a time: (rows, in), the last one shorter."""
@@ -130,21 +130,27 @@ class CompactLinear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
     def product(self, x: Tensor) -> Tensor:
-        """(..., in) -> (M, out), without the bias. The first of the siblings multiplies for all of them."""
-        first = self.siblings[0]
-        if first.multiply is None:
-            pack([first])
-        if first.multiply is None or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
+        """(..., in) -> (M, out), without the bias. The first of the layers with the same input multiplies for all."""
+        if not self.uses_runtime or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
             dtype, rows = torch.float32 if x.device.type == "cpu" else x.dtype, x.reshape(-1, self.in_features)
             return torch.cat([F.linear(rows.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
-        products = first.products
-        if products is None or products[0] is not x:
-            products = x, first.multiply(self.with_sums(x.reshape(-1, self.in_features).float()))
-        first.products = None if self is self.siblings[-1] else products  # a result is not kept longer than needed
-        return products[1][self.siblings.index(self)]
+        if self.shared.multiply is None:
+            if self not in self.shared.members():
+                self.shared, self.index = Shared(self), 0
+            pack([self])
+        shared, products = self.shared, self.shared.products  # another thread may replace the products
+        if products is None or products[0] is not x or products[1][self.index] is None:
+            assert shared.multiply is not None
+            products = x, [*shared.multiply(self.with_sums(x.reshape(-1, self.in_features).float()))]
+            shared.products = products
+        out, products[1][self.index] = products[1][self.index], None
+        assert out is not None
+        if not any(product is not None for product in products[1]):
+            shared.products = None
+        return out
 
     def with_sums(self, x: Tensor) -> Tensor:
-        """The inputs as the matrix has columns: in 4 bits (M, in) -> (M, padded in + padded groups), else unchanged."""
+        """In 4 bits, appends the sum of each group, for its zero: (M, in) -> (M, padded in + padded groups)."""
         if self.bits == 8:
             return x
         x = F.pad(x, (0, self.groups * self.group - self.in_features))
@@ -152,20 +158,34 @@ class CompactLinear(nn.Module):
         return torch.cat([x, F.pad(sums, (0, -self.groups % self.group))], dim=-1)
 
 
+class Shared:
+    """What layers with the same input have in common: the first that is called multiplies for all of them."""
+
+    def __init__(self, *layers: CompactLinear) -> None:
+        self.layers = [weakref.ref(layer) for layer in layers]  # weak, so that no cycle keeps a model in memory
+        self.multiply: Callable[[Tensor], list[Tensor]] | None = None  # by all of them, once the weights are packed
+        self.products: tuple[Tensor, list[Tensor | None]] | None = None  # an input, and what has not been fetched of it
+
+    def members(self) -> list[CompactLinear]:
+        """The layers; none if one of them has gone, or if this is a copy of another layer's."""
+        found = [layer for ref in self.layers if (layer := ref()) is not None and layer.shared is self]
+        return found if len(found) == len(self.layers) else []
+
+
 def pack(layers: Sequence[CompactLinear]) -> None:
     """Lets ONNX Runtime pack the weights of layers that are on the CPU, if it is installed."""
 
-    def one(first: CompactLinear) -> None:
-        matrices = [matmul.Matrix(layer.weight, layer.scale, layer.bits) for layer in first.siblings]
+    def one(shared: Shared) -> None:
+        members = shared.members()
+        matrices, first = [matmul.Matrix(layer.weight, layer.scale, layer.bits) for layer in members], members[0]
         columns = first.in_features if first.bits == 8 else first.scale.shape[1] * first.group
-        first.multiply = matmul.multiplier(matrices, columns)
+        shared.multiply = matmul.multiplier(matrices, columns)
 
-    firsts = {layer.siblings[0]: None for layer in layers}
-    if layers := [layer for layer in firsts if layer.uses_runtime and layer.weight.device.type == "cpu"]:
+    if found := {layer.shared for layer in layers if layer.uses_runtime and layer.weight.device.type == "cpu"}:
         matmul.start_threads()
-        map_large_blocks()  # packing needs as much temporary memory as a matrix has
+        map_large_blocks()  # packing needs as much temporary memory as the matrices of a session have
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(one, layers))
+            list(pool.map(one, found))
         keep_freed_memory()
 
 
@@ -266,8 +286,9 @@ def compact_linears(
                 child.__class__ = FloatLinear  # smaller layers gain little
         for names in SAME_INPUT:
             layers = [layer for name in names if isinstance(layer := getattr(module, name, None), CompactLinear)]
-            for layer in layers:
-                layer.siblings = layers
+            shared = Shared(*layers)
+            for index, layer in enumerate(layers):
+                layer.shared, layer.index = shared, index
 
 
 def bits_and_group(name: str, quantize: str | None, tied: bool) -> tuple[int, int] | None:

@@ -105,7 +105,7 @@ def random_tensor(model: LlavaForConditionalGeneration, name: str) -> Tensor:
         if path.endswith("lm_head"):
             codes[2] = 128
         return codes
-    deviation = 4.32 if layer.bits == 4 else 73.3  # of codes that are all equally likely
+    deviation = 4.32 if layer.bits == 4 else 73.6  # of codes that are all equally likely
     scale = torch.full(parameter.shape, layer.in_features**-0.5 / deviation, dtype=parameter.dtype)
     scale[:, layer.groups :] /= 16  # of the zeros
     return scale

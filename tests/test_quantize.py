@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -66,19 +67,28 @@ def test_gradients_flow_through_a_compact_layer_to_its_input_only(layout, runtim
 @pytest.mark.skipif(not matmul.is_installed(), reason="needs ONNX Runtime")
 @pytest.mark.parametrize("quantize", SCHEMES)
 @torch.no_grad()
-def test_layers_with_the_same_input_are_multiplied_together(quantize, checkpoint, prompt):
+def test_layers_with_the_same_input_are_multiplied_together(quantize, checkpoint):
     model = LlavaForConditionalGeneration.from_pretrained(checkpoint, quantize=quantize)
     attention = model.language_model.model.layers[0].self_attn
     layers = [attention.q_proj, attention.k_proj, attention.v_proj]
     x = torch.randn(3, attention.q_proj.in_features, generator=torch.Generator().manual_seed(0))
     attention.q_proj(x.clone())  # packs the weights
-    multiply, calls = attention.q_proj.multiply, []
-    attention.q_proj.multiply = lambda rows: calls.append(len(rows)) or multiply(rows)
+    shared, calls = attention.q_proj.shared, []
+    multiply = shared.multiply
+    shared.multiply = lambda rows: calls.append(len(rows)) or multiply(rows)
     together = [layer(x) for layer in layers]
-    assert calls == [3] and attention.q_proj.products is None  # the results are not kept
+    assert calls == [3] and shared.products is None  # the results are not kept
     alone = [layer(x.clone()) for layer in layers]
     assert len(calls) == 4
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+def test_a_quantised_model_is_freed_as_soon_as_it_is_dropped(checkpoint, prompt):
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, quantize="int4")
+    model.generate(**prompt(), max_new_tokens=1)
+    layer = weakref.ref(model.language_model.lm_head)
+    del model
+    assert layer() is None  # without waiting for the garbage collector
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -248,7 +258,7 @@ def pair(tmp_path, request):
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, quantize=request.param)
     for name, module in ours.named_modules():
         if isinstance(module, CompactLinear):
-            module.uses_runtime, module.multiply = False, None
+            module.uses_runtime, module.shared.multiply = False, None
             name = name.replace("language_model.model.", "model.language_model.").replace("language_model.lm", "lm")
             prefix = "" if name.startswith(("model.", "lm_head")) else "model."
             judge.get_submodule(prefix + name).weight.data = module.dequantized()
@@ -333,7 +343,7 @@ def test_a_saved_quantised_model_gives_the_same_logits_to_the_last_bit(quantize,
     ours = LlavaForConditionalGeneration.from_pretrained(tmp_path, dtype, quantize=quantize)
     ours.save_pretrained(tmp_path / "saved")
     settings = json.loads((tmp_path / "saved" / "config.json").read_text())["quantization_config"]
-    assert settings == {"quant_method": "compact", "bits": int(quantize[3:]), "version": 1}
+    assert settings == {"quant_method": "compact", "bits": int(quantize[3:]), "version": 2}
     for option in (None, quantize):  # it need not be named again
         again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "saved", dtype, quantize=option)
         assert torch.equal(again(**prompt()).logits, ours(**prompt()).logits)
@@ -358,8 +368,8 @@ FOREIGN = {
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "by 'bitsandbytes', which is not"),
     "no method": ({}, "by None, which is not supported"),
     "no object": ("int4", "by 'int4', which is not supported"),
-    "3 bits": ({"quant_method": "compact", "bits": 3, "version": 1}, "with settings that are not known: .*'bits': 3"),
-    "a later version": ({"quant_method": "compact", "bits": 4, "version": 2}, "settings that are not known"),
+    "3 bits": ({"quant_method": "compact", "bits": 3, "version": 2}, "with settings that are not known: .*'bits': 3"),
+    "a later version": ({"quant_method": "compact", "bits": 4, "version": 3}, "settings that are not known"),
 }
 
 
