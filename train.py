@@ -8,7 +8,8 @@ tower is frozen in both. Weights are float32; on a GPU, autocast computes in bfl
 processes (`torchrun --nproc-per-node N train.py ...`) shard weights, optimiser state and batches with FSDP2.
 
 With `--lora RANK`, `instruct` freezes the decoder as well, in the checkpoint's 16 bits or quantised, and trains a LoRA
-(extras/lora.py) and the projector. The output is an adapter in PEFT's format. Several processes share the batches only.
+(extras/lora.py) in it, with `--lora-vision` also in the tower, and the projector. The output is an adapter in PEFT's
+format. Several processes share the batches only.
 
 All randomness comes from --seed. After a stop, the same command line resumes the run from its last save in the output
 folder, with the losses that it would have had without the stop.
@@ -74,8 +75,9 @@ def freeze(model: LlavaForConditionalGeneration, stage: str) -> None:
 
 
 def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
-    """Keeps only the inputs of the decoder's layers for the backward pass, which recomputes everything else."""
-    for layer in model.language_model.model.layers:
+    """Keeps only the inputs of the layers for the backward pass, which recomputes everything else."""
+    eyes = [layer for layer in model.vision_tower.encoder.layers if any(p.requires_grad for p in layer.parameters())]
+    for layer in [*eyes, *model.language_model.model.layers]:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 

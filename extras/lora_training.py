@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", type=float, help="the LoRA is scaled by alpha / rank (default: twice the rank)")
     add("--lora-dropout", type=float, help="on the inputs of the LoRA (default: 0.05)")
     add("--lora-targets", nargs="+", choices=TARGETS, help="the decoder's layers that get a LoRA (default: all)")
-    add("--lora-vision", action="store_true", default=None, help="put a LoRA into the vision tower, too")
+    add("--lora-vision", action="store_true", default=None, help="also train a LoRA in the vision tower")
     add("--projector-learning-rate", type=float, help="peak value for the projector; 0 freezes it (default: 2e-5)")
     add("--quantize", choices=SCHEMES, help="store the frozen base in 8 or 4 bits per weight")
     add("--dtype", choices=["bfloat16", "float16", "float32"], help="of the frozen base (default: the checkpoint's)")
