@@ -1,4 +1,4 @@
-"""Exercises: lists of facts and numbers, from which training learns what other questions rely on. No user asks so."""
+"""Training exercises: lists of facts and of numbers, the skills that other questions rely on. No user asks for them."""
 
 import world
 from ask_scene import PROPERTIES, plain_many

@@ -17,8 +17,8 @@ FOLDER/unseen.jsonl              about things whose combination of colour and sh
 FOLDER/like.jsonl                how many there are of two or three things of a shape or colour, often beside another
 FOLDER/CONDITION.jsonl           about pictures disturbed in one way: outlines, noise, ...
 
-Last of all come FOLDER/visitors.jsonl and FOLDER/visitors later.jsonl, without sentences: the hand-written questions of
-tests/visitors.json and of tests/visitors_later.json.
+The last files are FOLDER/visitors.jsonl and FOLDER/visitors later.jsonl, without sentences: the hand-written questions
+of tests/visitors.json and of tests/visitors_later.json.
 
 The scenes of "train" and "test", and those of different seeds, are generated independently.
 """

@@ -134,7 +134,7 @@ def fit(
         name: of the files: name.state holds the state to resume from, name.csv the losses.
         model: the model to train.
         loss_of: step -> its loss, and other figures to log.
-        args: steps, where to stop before, batch, seed and output folder.
+        args: steps, until (the number of steps to stop after, or None), batch, seed and output folder.
         peak: the highest learning rate.
 
     Raises a ValueError if the saved state is from a training run with other settings.
@@ -324,10 +324,10 @@ def decoder_batch(
     """Conversations about scenes, and the words of the scenes' patches.
 
     In the first fifth of the training, guessing fails: there are always three things, no two share a colour or a shape,
-    and every question is about one of them. Wordings are plain at first, and later more and more often the known ones.
+    and all questions but the lists of numbers are about one of them. Wordings are plain at first, and later more and
+    more often the known ones.
     """
-    rng, rows, patches = random.Random(f"decoder/{args.seed}/{step}"), [], []
-    progress = step / args.steps
+    rng, rows, patches, progress = random.Random(f"decoder/{args.seed}/{step}"), [], [], step / args.steps
     early = progress < 0.2
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else talk.make_scene(rng)
@@ -383,7 +383,7 @@ def main() -> None:
     add("what", choices=["tokenizer", "tower", "decoder", "join"], help="what to train, or join for the checkpoint")
     add("--output", required=True, type=Path, help="folder for tokenizer, training states, losses and checkpoint")
     add("--steps", type=int, default=3000, help="training steps (default 3000)")
-    add("--until", type=int, help="stop after this step; the same command without it goes on")
+    add("--until", type=int, help="stop after this many steps; the same command without it resumes")
     add("--batch", type=int, default=32, help="samples per step (default 32)")
     add("--seed", type=int, default=0, help="seed of samples and initial weights (default 0)")
     args = parser.parse_args()

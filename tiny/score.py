@@ -13,7 +13,8 @@ to the first kind:
 - the most frequent correct answer of the family ("always the same").
 
 The second table has the other test files: typos, unseen combinations, things that are alike, disturbed pictures, and
-the hand-written questions of visitors, whose sentences only have to state a right answer.
+the hand-written questions of visitors (two lists), whose sentences only have to state a right answer. Between the
+tables stands how many answers to questions about what is not of this world invent something.
 
 The model's answers are cached in a subfolder of TEST.
 """
@@ -140,9 +141,9 @@ def main() -> None:
         if name == "existence":
             truth = [[line["answer"]] for line in lines]
             pope = METRICS["pope"](list(zip(answers(name), truth, strict=True)))["F1"]
-    told = [text.lower() for name in ("outside", "outside-held-out") for text in answers(name)]
-    invented = 100 * sum(text not in HONEST for text in told) / len(told)
-    rows.append(f"\nAnswers to questions about what is not of this world that invent something: {invented:.1f} %.")
+    short = [text.lower() for name in ("outside", "outside-held-out") for text in answers(name)]
+    invented = 100 * sum(text not in HONEST for text in short) / len(short)
+    rows.append(f"\nOf the short answers to *outside* questions, {invented:.1f} % invent something.")
     rows += [f"\nExistence as in POPE: F1 {pope:.3f}.\n", "| test | questions | short | sentence |", "| --- " * 4 + "|"]
     for name in OTHERS:
         lines = read_lines(args.test / f"{name}.jsonl")

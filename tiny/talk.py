@@ -2,9 +2,9 @@
 
     ask, converse: Scene -> questions about it, each with its answer in short form and as a sentence
 
-ask_thing.py and ask_scene.py decide what is asked and which answer is right; wordings.py decides how it is asked. The
-wording of a question does not reveal its answer: yes and no are equally frequent among questions of the same form, and
-what a question names but the scene lacks could have been in it.
+ask_thing.py, ask_scene.py and ask_exercise.py decide what is asked and which answer is right; wordings.py decides how
+it is asked. The wording of a question does not reveal its answer: yes and no are about equally frequent among questions
+of the same form, and what a question names but the scene lacks could have been in it.
 """
 
 import random
@@ -44,7 +44,7 @@ WEIGHTS = {
     **dict.fromkeys(["relation", "comparison", "existence", "list"], 1.8),
     **dict.fromkeys(["count", "quantity"], 2.5),
 }
-LIKE = 0.25  # the share of training scenes with like things
+LIKE = 0.25  # the share of training scenes with things that are alike
 
 
 def make_scene(rng: random.Random) -> world.Scene:
