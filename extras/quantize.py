@@ -67,8 +67,8 @@ class HalfLinear(nn.Linear):
 class CompactLinear(nn.Module):
     """Weights of 8 or 4 bits in groups of consecutive inputs, each with its scale and, in 4 bits, its zero.
 
-    The zeros are additional columns of the matrix, in the same 4 bits: a zero is multiplied by the sum of its group's
-    inputs, so those sums are additional inputs.
+    The zeros are additional columns of the matrix: a zero is multiplied by the sum of its group's inputs, so those sums
+    are additional inputs. Each zero is the sum of two codes of 4 bits, a coarse and a fine one, in two columns.
 
     On a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Without it, and on other devices, the
     weights are dequantised block by block on every call: slow, but with the same result up to that rounding.
@@ -82,7 +82,7 @@ class CompactLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bits, self.group = in_features, out_features, bits, group
         self.groups = math.ceil(in_features / group)  # the last one is padded with weights that are ignored
-        groups = self.groups + (math.ceil(self.groups / group) if bits == 4 else 0)
+        groups = self.groups + (2 * math.ceil(self.groups / group) if bits == 4 else 0)
         self.weight = stored(torch.empty(out_features, groups, group * bits // 8, dtype=torch.uint8))
         self.scale = stored(torch.empty(out_features, groups, dtype=torch.float32))
         self.bias = stored(torch.empty(out_features)) if bias else None
@@ -115,8 +115,8 @@ class CompactLinear(nn.Module):
                 codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
             values = (codes.float() - 2 ** (self.bits - 1)) * scale[..., None].float()
             if self.bits == 4:
-                values, zeros = values[:, : self.groups], values[:, self.groups :].flatten(1)[:, : self.groups]
-                values = values + zeros[..., None]
+                values, zeros = values[:, : self.groups], values[:, self.groups :].unflatten(1, (2, -1)).sum(1)
+                values = values + zeros.flatten(1)[:, : self.groups, None]
             yield values.flatten(1)[:, : self.in_features]
 
     def dequantized(self) -> Tensor:
@@ -150,12 +150,12 @@ class CompactLinear(nn.Module):
         return out
 
     def with_sums(self, x: Tensor) -> Tensor:
-        """In 4 bits, appends the sum of each group, for its zero: (M, in) -> (M, padded in + padded groups)."""
+        """In 4 bits, appends the sum of each group twice, for its zero: (M, in) -> (M, in + 2 groups, all padded)."""
         if self.bits == 8:
             return x
         x = F.pad(x, (0, self.groups * self.group - self.in_features))
-        sums = x.view(len(x), self.groups, self.group).sum(-1)
-        return torch.cat([x, F.pad(sums, (0, -self.groups % self.group))], dim=-1)
+        sums = F.pad(x.view(len(x), self.groups, self.group).sum(-1), (0, -self.groups % self.group))
+        return torch.cat([x, sums, sums], dim=-1)
 
 
 class Shared:
@@ -205,8 +205,8 @@ def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]
 
     They minimise the squared errors of a group, weighted by `importance` (groups, group), as far as four attempts do.
     Each starts from the range of the group, or less of it, rounds, and solves the least squares for scale and zero with
-    the codes fixed, several times. Of the best one, the zeros are then rounded to 4 bits themselves, as the last groups
-    of the result, and codes and scales follow.
+    the codes fixed, several times. The zeros of the best one are then rounded to twice 4 bits, the last groups of the
+    result, and codes and scales follow.
     """
     weighted, total = importance * values, importance.sum(-1).clamp_(min=1e-30)
     mean = weighted.sum(-1) / total
@@ -233,17 +233,21 @@ def round_to_4_bits(values: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]
             for new, old in zip(found, best, strict=True)
         ]
     _, codes, scale, zero = best
-    zeros = F.pad(zero, (0, -zero.shape[1] % values.shape[-1])).unflatten(1, (-1, values.shape[-1]))
-    zero_scale = zeros.abs().amax(-1).clamp_(min=1e-30) / 7
-    zero_codes = (zeros / zero_scale[..., None]).round_()
-    rounded = (zero_codes * zero_scale[..., None]).flatten(1)[:, : zero.shape[1]]
+    rest = F.pad(zero, (0, -zero.shape[1] % values.shape[-1])).unflatten(1, (-1, values.shape[-1]))
+    zero_parts: list[tuple[Tensor, Tensor]] = []
+    for _ in ("coarse", "fine"):
+        zero_scale = rest.abs().amax(-1).clamp_(min=1e-30) / 7
+        zero_codes = (rest / zero_scale[..., None]).round_()
+        rest = rest - zero_codes * zero_scale[..., None]
+        zero_parts.append((zero_codes, zero_scale))
+    rounded = zero - rest.flatten(1)[:, : zero.shape[1]]
     scale = scale.abs().maximum((zero - rounded).abs() / 4)  # even a group of equal weights can make up for the change
     values = values - rounded[..., None]
     codes = (values / scale[..., None]).round_().clamp_(-8, 7)
     shares = importance * codes
     squares = (shares * codes).sum(-1)
     scale = torch.where(squares > 0, (shares * values).sum(-1) / squares, scale)
-    codes, scale = torch.cat([codes, zero_codes], 1), torch.cat([scale, zero_scale], 1)
+    codes, scale = (torch.cat(parts, 1) for parts in zip((codes, scale), *zero_parts, strict=True))
     first, second = codes.add_(8).to(torch.uint8).unflatten(-1, (-1, 2)).unbind(-1)
     return first | second << 4, scale
 

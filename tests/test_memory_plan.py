@@ -49,12 +49,12 @@ SENTENCES = {
         (20, "auto", None),
         r"needs 28\.3 GB \+ 1\.0 GB cache \+ 0\.5 GB to work with, 20\.0 GB free: try --dtype bfloat16 \(15\.2 GB in "
         r"all\) or --quantize int8 \(11\.7 GB in all\) or --dtype bfloat16 --quantize int8 \(10\.9 GB in all\) or "
-        r"--quantize int4 \(7\.4 GB in all\) or --dtype bfloat16 --quantize int4 \(6\.8 GB in all\)$",
+        r"--quantize int4 \(7\.5 GB in all\) or --dtype bfloat16 --quantize int4 \(6\.9 GB in all\)$",
     ),
     "only options that fit": (
         (10, "float16", None),
         r"needs 14\.1 GB \+ 0\.5 GB cache \+ 0\.5 GB to work with, 10\.0 GB free: "
-        r"try --quantize int4 \(6\.8 GB in all\)$",
+        r"try --quantize int4 \(6\.9 GB in all\)$",
     ),
     "no option that is larger": (
         (11, "auto", "int8"),
@@ -62,7 +62,7 @@ SENTENCES = {
     ),
     "no option fits": (
         (4, "auto", None),
-        r"even --dtype bfloat16 --quantize int4 takes 6\.8 GB in all; close other programs, or use a smaller model or",
+        r"even --dtype bfloat16 --quantize int4 takes 6.9 GB in all; close other programs, or use a smaller model or",
     ),
     "no smaller option": ((4, "bfloat16", "int4"), "no option makes it smaller; close other programs"),
 }

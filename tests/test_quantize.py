@@ -387,8 +387,8 @@ LAYER = "language_model.model.layers.0.mlp.up_proj"
 DAMAGE = {
     "a missing scale": (lambda t: t.pop(f"{LAYER}.scale"), f"missing: {LAYER}.scale"),
     "other groups": (
-        lambda t: t.update({f"{LAYER}.scale": torch.ones(160, 3)}),
-        rf"wrong shape: {LAYER}.scale is \(160, 3\), but \(160, 2\)",
+        lambda t: t.update({f"{LAYER}.scale": torch.ones(160, 4)}),
+        rf"wrong shape: {LAYER}.scale is \(160, 4\), but \(160, 3\)",
     ),
     "floats for codes": (
         lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].float()}),
