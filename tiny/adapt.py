@@ -4,7 +4,7 @@
 
 1. Arrows, moons and brown things join the small world. Pictures with conversations about them are drawn, some of them
    of the old world only, so that the model does not forget it.
-2. `train.py --lora 8` trains the adapter NEW/adapter. The built-in model itself stays as it is.
+2. `train.py --lora 8 --lora-vision` trains the adapter NEW/adapter. The built-in model itself stays as it is.
 3. Both are asked about unseen scenes with new things, and the questions of make_data.py about the old world. It is one
    model, whose adapter is switched off and on. Answers are short and scored by exact match.
 """
