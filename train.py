@@ -76,8 +76,8 @@ def freeze(model: LlavaForConditionalGeneration, stage: str) -> None:
 
 def checkpoint_layers(model: LlavaForConditionalGeneration) -> None:
     """Keeps only the inputs of the layers for the backward pass, which recomputes everything else."""
-    eyes = [layer for layer in model.vision_tower.encoder.layers if any(p.requires_grad for p in layer.parameters())]
-    for layer in [*eyes, *model.language_model.model.layers]:
+    tower = [layer for layer in model.vision_tower.encoder.layers if any(p.requires_grad for p in layer.parameters())]
+    for layer in [*tower, *model.language_model.model.layers]:
         layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
 
 
