@@ -7,7 +7,7 @@ The files of POPE, VQAv2, GQA, TextVQA, VizWiz and ScienceQA are read as downloa
 and scored as in the paper. Other questions come in this project's own format:
 
     q.jsonl        {"question_id": 1, "image": "a.jpg", "text": "What is this?", "answers": ["cat", ...]} per line
-    answers.jsonl  {"question_id": 1, "prompt": "What is this?", "text": "A cat", "model_id": "..."} per line
+    answers.jsonl  {"question_id": 1, "prompt": "What is this?", "text": "A cat", "model_id": "...", ...} per line
 
 A question without "image" is text only. "history" may contain earlier turns, [["Is there a cat?", "Yes."], ...]; the
 image then belongs to the first of them, and --short applies only to the question itself. Scoring needs "answer", or
@@ -40,11 +40,15 @@ from processor import LlavaProcessor
 from tokenizer import IMAGE_TOKEN, VICUNA_SYSTEM
 
 
-def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dict[tuple[str, str], str]:
+def read_answers(
+    file: Path, questions: list[dict], model_id: str | None, settings: dict[str, object]
+) -> dict[tuple[str, str], str]:
     """The answers that an earlier run wrote. If it was stopped in the middle of a line, that line is removed.
 
+    Without a `model_id`, answers of any model, with any settings, are read.
+
     Raises:
-        ValueError: the file is damaged, or contains answers to other prompts or from another model.
+        ValueError: the file is damaged, or has answers to other prompts, from another model or with other settings.
     """
     if not file.exists():
         return {}
@@ -61,8 +65,13 @@ def read_answers(file: Path, questions: list[dict], model_id: str | None) -> dic
     for entry in entries:
         if "prompt" not in entry or key(entry) not in asked:
             raise ValueError(f"{file} answers other prompts (question {entry['question_id']}): choose another --out")
-        if model_id not in (None, entry.get("model_id")):
+        if model_id is None:
+            continue
+        if model_id != entry.get("model_id"):
             raise ValueError(f"{file} contains answers from the model {entry.get('model_id')}: choose another --out")
+        for name, value in entry.get("settings", {}).items():
+            if value != settings.get(name):
+                raise ValueError(f"{file} contains answers with {name} {value!r}: choose another --out")
     return {key(entry): entry["text"] for entry in entries}
 
 
@@ -145,7 +154,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--results would replace {args.results}: choose another file")
     names = [Path(name).resolve().name for name in (args.model, args.adapter) if name]
     model_id = " + ".join(names) if args.model else None
-    texts = read_answers(args.out, questions, model_id)
+    settings = {"system": args.system, "image_mode": args.image_mode, "max_new_tokens": args.max_new_tokens}
+    texts = read_answers(args.out, questions, model_id, settings)
     left = [question for question in questions if key(question) not in texts]
     if left and not args.model:
         raise ValueError(f"{args.out} lacks {len(left)} of {len(questions)} answers: give a --model to answer them")
@@ -171,7 +181,8 @@ def run(args: argparse.Namespace) -> None:
                 for question, text in zip(batch, answers, strict=True):
                     texts[key(question)] = text
                     line = {"question_id": question["question_id"], "prompt": question["prompt"], "text": text}
-                    out.write(json.dumps(line | {"model_id": model_id}, ensure_ascii=False) + "\n")
+                    line |= {"model_id": model_id, "settings": settings}
+                    out.write(json.dumps(line, ensure_ascii=False) + "\n")
                 out.flush()
                 progress.update(len(batch))
     answers = [texts[key(question)] for question in questions]

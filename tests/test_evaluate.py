@@ -240,7 +240,8 @@ def test_answers_do_not_depend_on_the_batch_size(command, tmp_path):
 
 def test_answers_are_in_the_format_of_llava(command, questions):
     lines = [json.loads(line) for line in command("--short")]
-    assert [list(line) for line in lines] == [["question_id", "prompt", "text", "model_id"]] * len(questions)
+    names = ["question_id", "prompt", "text", "model_id", "settings"]
+    assert [list(line) for line in lines] == [names] * len(questions)
     assert [line["question_id"] for line in lines] == [question["question_id"] for question in questions]
     assert lines[0]["prompt"] == "Which color?\nAnswer the question using a single word or phrase."
     assert lines[0]["model_id"] == "base"
@@ -289,6 +290,15 @@ def test_only_missing_answers_are_generated_again(command, tmp_path, monkeypatch
     (tmp_path / "answers.jsonl").write_text("".join(whole[:5]) + whole[5][:20])  # stopped while writing the sixth
     assert command("--batch", "4") == whole
     assert len(asked) == len(whole) - 5
+
+
+@pytest.mark.parametrize(
+    "options", [("--system", "Be brief."), ("--image-mode", "pad"), ("--max-new-tokens", "9")], ids=lambda pair: pair[0]
+)
+def test_answers_with_other_settings_are_not_mixed(options, command):
+    command()
+    with pytest.raises(SystemExit, match=f"contains answers with {options[0][2:].replace('-', '_')} .*another --out"):
+        command(*options)
 
 
 def test_a_last_line_without_its_line_feed_is_kept(command, tmp_path):
