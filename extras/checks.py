@@ -148,9 +148,9 @@ def check_generation(
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, repetition_penalty: float = 1.0) -> None:
     """Raises a ValueError if an option of `choose_token` is out of range or would have no effect."""
     if temperature != 0 and not 1e-5 <= temperature < math.inf:  # below that, logits divided by it would overflow
-        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy decoding), or 1e-5 or more")
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy decoding), or 1e-5 or more and finite")
     if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; it must be 1 or more")
+        raise ValueError(f"top_k is {top_k}; it must be 1 or more; leave it out to sample from all tokens")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if not 0 < repetition_penalty < math.inf:
