@@ -74,6 +74,8 @@ def load_frozen(model_class: Any, args: argparse.Namespace, device: torch.device
     if config.quantize is None:  # otherwise the projector is in compact form, too
         with torch.device("meta"):
             model.multi_modal_projector = type(model.multi_modal_projector)(config)
+        # It computes in float32, also before it is replaced by trained copies: in the pass that measures inputs
+        model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     load_or_quantize(model, model_class.planned(config, "float32", device, None), folder, device)
     model.tie_weights()
     return model

@@ -94,6 +94,7 @@ def test_lora_targets_choose_the_layers_and_a_rate_of_0_freezes_the_projector(be
         ("float16", (), "float16", "float16", "float32"),
         ("float16", ("--dtype", "bfloat16"), "bfloat16", "bfloat16", "bfloat16"),
         ("bfloat16", ("--quantize", "int8"), "uint8", "bfloat16", "bfloat16"),
+        ("bfloat16", ("--quantize", "int4"), "uint8", "bfloat16", "bfloat16"),
         ("float16", ("--quantize", "int4"), "uint8", "float16", "float32"),
     ],
 )
@@ -118,7 +119,14 @@ def test_the_base_stays_in_its_16_bits_or_is_quantised(
 
 @pytest.mark.parametrize(
     "more",
-    [(), ("--quantize", "int8"), ("--quantize", "int4"), ("--dtype", "bfloat16"), ("--dtype", "float16")],
+    [
+        (),
+        ("--quantize", "int8"),
+        ("--quantize", "int4"),
+        ("--quantize", "int4", "--dtype", "bfloat16"),
+        ("--dtype", "bfloat16"),
+        ("--dtype", "float16"),
+    ],
     ids=str,
 )
 def test_on_every_base_it_learns_about_the_same(more, bench, uninterrupted):
