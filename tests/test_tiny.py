@@ -350,7 +350,7 @@ def test_accuracy_on_new_scenes(built_in, tmp_path):
     assert share > 0.95
 
 
-@pytest.mark.xfail(strict=True, reason="the decoder takes red as evidence against star (tiny/README.md)")
+@pytest.mark.xfail(strict=True, reason="the decoder does not recognise them (tiny/README.md)")
 def test_accuracy_on_held_out_combinations(built_in, tmp_path):
     lines = questions(tmp_path, world.HELD_OUT)
     share = accuracy(built_in, tmp_path, lines)
