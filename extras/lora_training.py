@@ -33,7 +33,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--lora", type=int, metavar="RANK", help="train a LoRA of this rank in place of the decoder (stage instruct)")
     add("--lora-alpha", type=float, help="the LoRA is scaled by alpha / rank (default: twice the rank)")
     add("--lora-dropout", type=float, help="on the inputs of the LoRA (default: 0.05)")
-    add("--lora-targets", nargs="+", choices=TARGETS, help="the decoder's layers that get a LoRA (default: all)")
+    names = [*TARGETS, "lm_head"]
+    add("--lora-targets", nargs="+", choices=names, help="layers that get a LoRA (default: the decoder's, not lm_head)")
     add("--lora-vision", action="store_true", default=None, help="also train a LoRA in the vision tower")
     add("--projector-learning-rate", type=float, help="peak value for the projector; 0 freezes it (default: 2e-5)")
     add("--quantize", choices=SCHEMES, help="store the frozen base in 8 or 4 bits per weight")
@@ -85,12 +86,16 @@ def add_lora(model: nn.Module, args: argparse.Namespace) -> AdapterConfig:
     """Freezes the model, and adds what is trained: a LoRA in the decoder, and copies of the projector's layers.
 
     With `args.lora_vision`, the vision tower has a LoRA as well.
+
+    Raises a ValueError if lm_head is to have one, but is one with the word embeddings.
     """
+    if "lm_head" in args.lora_targets and model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        raise ValueError("--lora-targets lm_head: in this model it is one with the word embeddings, so leave it out")
     freeze_base(model)
     torch.manual_seed(args.seed)
     layers: dict[str, nn.Module] = {}
     # Expressions that fit the names in all versions of transformers
-    targets = rf"(.*language_model\..*\.({'|'.join(args.lora_targets)})"
+    targets = rf"((.*language_model\.(.*\.)?)?({'|'.join(args.lora_targets)})"
     targets += rf"|.*vision_tower\..*\.({'|'.join(VISION_TARGETS)}))" if args.lora_vision else ")"
     for name, module in model.named_modules():
         if isinstance(module, Linear) and re.fullmatch(targets, name):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import peft
@@ -84,6 +86,14 @@ def test_lora_targets_choose_the_layers_and_a_rate_of_0_freezes_the_projector(be
     config = add_lora(model, args)
     assert {name.rpartition(".")[2] for name in adapted_layers(model)} == {"q_proj", "v_proj"}
     assert config.modules_to_save is None
+
+
+def test_in_a_head_that_is_one_with_the_word_embeddings_a_lora_is_refused(bench, monkeypatch):
+    args = options(bench, monkeypatch, "--lora", 4, "--lora-targets", "q_proj", "lm_head")
+    model = load_frozen(LlavaForConditionalGeneration, args, torch.device("cpu"))
+    model.config.tie_word_embeddings = True
+    with pytest.raises(ValueError, match="one with the word embeddings"):
+        add_lora(model, args)
 
 
 @pytest.mark.parametrize(
@@ -170,11 +180,20 @@ def test_micro_batches_do_not_change_the_losses_without_dropout(bench):
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-4)
 
 
-@pytest.mark.parametrize("vision", [False, True])
-def test_the_adapter_gives_the_same_logits_in_peft(vision, bench, learned, check):
-    base, adapter = bench.folder / "base", bench.train("eyes", MIXED, *LONG, "--lora-vision") if vision else learned
-    tower = [t for name, t in load_file(adapter / WEIGHTS_FILE).items() if "vision_tower" in name and "lora_B" in name]
-    assert sum(bool(tensor.any()) for tensor in tower) == 2 * 6 * vision  # features are of the last but one of 3 layers
+@pytest.mark.parametrize(
+    ("more", "parts"),
+    [
+        ((), {"layers": 2 * 7}),
+        (("--lora-vision",), {"layers": 2 * 7, "vision_tower": 2 * 6}),  # features are of the last but one of 3 layers
+        (("--lora-targets", "v_proj", "lm_head"), {"layers": 2, "lm_head": 1}),
+    ],
+    ids=str,
+)
+def test_the_adapter_gives_the_same_logits_in_peft(more, parts, bench, learned, check):
+    base, adapter = bench.folder / "base", bench.train(f"peft{more}", MIXED, *LONG, *more) if more else learned
+    changed = [name for name, tensor in load_file(adapter / WEIGHTS_FILE).items() if "lora_B" in name and tensor.any()]
+    found = [re.search(r"vision_tower|lm_head|layers", name)[0] for name in changed]
+    assert Counter(found) == parts
     reference = transformers.LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(reference, adapter)
     ours = LlavaForConditionalGeneration.from_pretrained(base, adapter=adapter)
@@ -336,7 +355,7 @@ def test_evaluate_scores_with_an_adapter(bench, learned, tmp_path, monkeypatch, 
         ["--lora", 4, "--lora-dropout", 1],
         ["--lora", 4, "--lora-alpha", 0],
         ["--lora", 4, "--projector-learning-rate", -1],
-        ["--lora", 4, "--lora-targets", "lm_head"],
+        ["--lora", 4, "--lora-targets", "embed_tokens"],
         ["--lora", 4, "--stage", "align"],
         ["--lora-alpha", 8],
         ["--quantize", "int8"],
