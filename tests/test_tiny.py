@@ -131,6 +131,71 @@ def test_existence_questions_of_every_form_are_balanced(form, monkeypatch):
     assert abs(counts["yes"] / counts.total() - 0.5) < 0.07
 
 
+def test_the_other_half_of_a_held_out_combination_is_no_evidence_of_absence():
+    """Stars are asked about in scenes with something red, and something red where there are stars."""
+    counts = collections.Counter()
+    for scene, rng in scenes(12000, "evidence"):
+        [turn] = talk.ask("existence", scene, Voice(rng, plain=True))
+        seen = {value for thing in scene for value in (thing.colour, thing.shape)}
+        halves = [half for pair in world.HELD_OUT for half in (pair, pair[::-1])]
+        if any(word in turn.question and other in seen for word, other in halves):
+            counts[turn.short] += 1
+    assert counts.total() > 300
+    assert abs(counts["yes"] / counts.total() - 0.5) < 0.09
+
+
+def test_made_up_words_join_the_world_for_the_decoders_pretraining_alone():
+    before = dict(world.COLOURS), list(world.SHAPES), list(world.KNOWN)
+    with world.with_made_up_words():
+        assert (len(world.COLOURS), len(world.SHAPES)) == (2 * len(before[0]), 2 * len(before[1]))
+        assert set(world.KNOWN) > set(before[2]) and not set(world.KNOWN) & set(world.HELD_OUT)
+    assert before == (world.COLOURS, world.SHAPES, world.KNOWN)
+
+
+def test_a_place_that_things_share_is_that_of_each(monkeypatch):
+    found = 0
+    monkeypatch.setattr(Voice, "ask", lambda voice, kind, **slots: f"{kind} {slots.get('what', '')}")
+    for scene, rng in scenes(3000, "shared"):
+        [turn] = talk.ask("side", scene, Voice(rng))
+        if turn.question.startswith("shared"):
+            found += 1
+            places = [{world.ROWS[thing.row], world.COLUMNS[thing.column]} for thing in scene]
+            assert len(scene) > 1 and all(turn.short in place for place in places)
+            assert turn.question != "shared side" or turn.short not in ("middle", "centre")
+    assert found > 50
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [("which_in", "naming"), ("which_is", "choice"), ("superlative_of", "comparison"), ("values_of", "list")],
+)
+def test_answers_about_some_of_the_things_are_true_of_them(kind, family, monkeypatch):
+    found, asked = 0, []
+    monkeypatch.setattr(Voice, "ask", lambda voice, name, **slots: asked.append((name, slots)) or "")
+    for scene, rng in scenes(1500, kind):
+        asked.clear()
+        turns = talk.ask(family, scene, Voice(rng, plain=True))
+        if not turns or asked[-1][0] != kind:
+            continue
+        found, slots, short = found + 1, asked[-1][1], turns[0].short
+        named = [thing for thing in scene if thing.name == short]
+        if kind == "which_in":
+            assert slots["place"] == f"in the {world.CELLS[named[0].cell]}"
+        elif kind == "which_is":
+            value = slots["value"].split(" ", 2)[-1] if " " in slots["value"] else slots["value"]
+            assert value.removeprefix("the ") in (*named[0][:3], world.CELLS[named[0].cell])
+        elif kind == "superlative_of":
+            members = [thing for thing in scene if set(slots["one"].split()) & set(thing[:2])]
+            sizes = [thing.size for thing in members]
+            assert len(members) > 1 and (short in ("none", "neither") or sizes.count(named[0].size) == 1)
+        else:
+            members = [thing for thing in scene if any(value in slots["many"] for value in thing[:2])]
+            family_asked = "shape" if slots["properties"] == "shapes" else "colour"
+            values = dict.fromkeys(getattr(thing, family_asked) for thing in members)
+            assert short == phrases.listed([*values])
+    assert found > 20
+
+
 def test_followup_directly_follows_its_opening_question(monkeypatch):
     made, ask_followup = [], ask_thing.ask_followup
     monkeypatch.setattr(ask_thing, "ask_followup", lambda *args: made.append(ask_followup(*args)) or made[-1])
@@ -207,7 +272,7 @@ def test_a_thing_of_any_colour_never_completes_a_held_out_combination():
             assert world.far(world.mix_tint(thing, 128, rng), world.TINTS[colour], 70)
 
 
-@pytest.mark.parametrize(("name", "scenes", "questions"), [("visitors", 60, 330), ("visitors later", 40, 160)])
+@pytest.mark.parametrize(("name", "scenes", "questions"), [("visitors", 100, 490), ("visitors later", 40, 160)])
 def test_visitors_questions_are_about_drawn_scenes_and_have_answers(name, scenes, questions):
     visitors = read_json(make_data.VISITORS[name])
     assert (len(visitors["scenes"]), len(visitors["questions"])) == (scenes, questions)

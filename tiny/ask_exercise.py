@@ -3,7 +3,7 @@
 import world
 from ask_scene import PROPERTIES, plain_many
 from ask_thing import attribute
-from phrases import COUNTS, SIDE_PHRASES, SIDES, Kind, Turn, is_are
+from phrases import COUNTS, SIDE_PHRASES, SIDES, Kind, Turn, is_are, may_ask
 from wordings import Voice
 
 
@@ -29,7 +29,7 @@ def ask_facts(scene: world.Scene, voice: Voice, number: int = 4) -> Turn:
 
 
 def ask_numbers(scene: world.Scene, voice: Voice, number: int = 6) -> Turn:
-    """Asks for numbers of things and of different colours, shapes and sizes: "red two, star zero, shapes one".
+    """Asks for numbers of things and of different values: "red two, star zero, different shapes one".
 
     Each number directly follows what it counts: the easiest way to learn counting, on which "all", "any", "both" and
     "the same" rely as well.
@@ -38,12 +38,13 @@ def ask_numbers(scene: world.Scene, voice: Voice, number: int = 6) -> Turn:
     kinds = [Kind(colour=colour) for colour in world.COLOURS] + [Kind(shape=shape) for shape in world.SHAPES]
     kinds += [Kind(size=size) for size in world.SIZES] + [Kind(thing.colour, size=thing.size) for thing in scene]
     kinds += [Kind(shape=thing.shape, size=thing.size) for thing in scene] + [Kind(side=side) for side in SIDES]
+    kinds = [kind for kind in kinds if may_ask(kind, scene, rng)]
     numbers = [sum(map(kind.fits, scene)) for kind in kinds]
     for kind in rng.choices(kinds, [(1, 2, 4, 8)[number] for number in numbers], k=number):
         if rng.random() < 0.25:
             family = rng.choice(PROPERTIES)
             found = len({getattr(thing, family) for thing in scene})
-            word, said = f"{family}s", family if found == 1 else f"{family}s"
+            word, said = f"different {family}s", f"different {family}s" if found > 1 else family
         else:
             found = sum(map(kind.fits, scene))
             word = kind.side or " ".join(value for value in (kind.size, kind.colour, kind.shape) if value)

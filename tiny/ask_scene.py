@@ -16,6 +16,7 @@ from phrases import (
     find_reference,
     is_are,
     listed,
+    may_ask,
     names,
     refer,
     the,
@@ -34,9 +35,10 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 ONLY_SHAPES = "There are only coloured shapes in the picture."
 UNKNOWN = "I only know about the coloured shapes in the picture."
 PROPERTIES = ["colour", "shape", "size"]
-# The share of questions that is kept where one answer would otherwise be more frequent
-KEPT = {("all", False): 0.15, ("both", False): 0.2, ("none", False): 0.24, ("any", True): 0.25, ("same", False): 0.23}
-KEPT |= {("compare", False): 0.31, ("alike", False): 0.7, ("number", False): 0.64}
+# The share of questions that is kept where one answer would otherwise be more frequent; whole: about all things
+KEPT = {("all", False): 0.15, ("both", False): 0.17, ("none", False): 0.32, ("any", True): 0.31, ("same", False): 0.26}
+KEPT |= {("whole all", False): 0.16, ("whole both", False): 0.28, ("whole none", False): 0.18}
+KEPT |= {("whole any", True): 0.19, ("compare", False): 0.3, ("alike", False): 0.68, ("number", False): 0.66}
 
 
 def yes_no(holds: bool) -> str:
@@ -75,18 +77,18 @@ def ask_count(scene: world.Scene, voice: Voice) -> Turn:
     else:
         kinds = [Kind()] * 4 + kinds
     for kind in kinds:
-        for place in places:
+        for place in places if may_ask(kind, scene, rng) else ():
             number = sum(kind.fits(thing) and (not place or SIDES[place](thing)) for thing in scene)
             by_number.setdefault(number, []).append((kind, place))
     if rng.random() < 0.1:
         kind, place, number = Kind(), "", len(scene)
-    elif rng.random() < 0.07:
+    elif rng.random() < 0.1:
         family = rng.choice(["colour", "shape"])
         number = len({getattr(thing, family) for thing in scene})
         # "How many shapes?" asks for the number of things
         words = ["different shapes"] if family == "shape" else ["colours", "colors", "different colours"]
         word = words[0] if voice.plain else rng.choice(words)
-        said = f"There {is_are(number)} {COUNTS[number]} {family}{'s' if number > 1 else ''}."
+        said = f"There {is_are(number)} {COUNTS[number]} {f'different {family}s' if number > 1 else family}."
         return Turn("count", voice.ask("different", properties=word), COUNTS[number], said)
     else:
         number = rng.choices(list(by_number), [(2, 2, 5, 9)[number] for number in by_number])[0]
@@ -112,8 +114,14 @@ def absent(scene: world.Scene, rng: random.Random, forms: Sequence[tuple[int, ..
         elif near < 0.8:
             shape = rng.choice(scene).shape
         kind = Kind(colour if form[0] else None, shape if form[1] else None, size if form[2] else None)
-        if kind[:2] not in world.HELD_OUT and not any(map(kind.fits, scene)):
+        if kind[:2] not in world.HELD_OUT and not any(map(kind.fits, scene)) and may_ask(kind, scene, rng):
             return kind
+
+
+def shared_kinds(scene: world.Scene) -> list[Kind]:
+    """Expressions for two or more things of the scene that share a colour or a shape."""
+    kinds = dict.fromkeys(kind for thing in scene for kind in (Kind(thing.colour), Kind(shape=thing.shape)))
+    return [kind for kind in kinds if sum(map(kind.fits, scene)) > 1]
 
 
 def ask_number(scene: world.Scene, voice: Voice) -> Turn | None:
@@ -158,8 +166,6 @@ def ask_existence(scene: world.Scene, voice: Voice, pairs: Sequence[tuple[str, s
     if place:
         where, said = f" {voice.side(place)}", f" {SIDE_PHRASES[place]}"
     question = voice.ask("existence", a=article(asked) + where, many=plural(asked) + where)
-    if kind == Kind() and "one" in question.split():  # "Is there a one on the left?"
-        return ask_existence(scene, voice)
     answer = f"Yes, there is {article(str(kind))}{said}." if there else f"No, there is no {kind}{said}."
     return Turn("existence", question, yes_no(there), answer)
 
@@ -201,7 +207,7 @@ def ask_two_steps(scene: world.Scene, voice: Voice) -> Turn | None:
         return None
     thing, direction, b = rng.choice(ways)
     second, family = refer(rng, scene, b, "position"), rng.choice(["colour", "shape", "size"])
-    named = f"the {voice.noun()} {voice.direction(direction)} {the(second, voice)}"
+    named = f"the {voice.noun(placed=True)} {voice.direction(direction)} {the(second, voice)}"
     value, says = attribute(family, thing)
     if rng.random() < 0.25:
         holds = rng.random() < 0.5
@@ -223,12 +229,19 @@ def ask_comparison(scene: world.Scene, voice: Voice) -> Turn | None:
     answered = "larger" if large else "smaller"
     comparatives = ["bigger", "larger"] if large else ["smaller", "littler", "smaller"]
     if way == "superlative":
-        found = [thing for thing in scene if thing.size == size]
-        if len(found) not in (1, len(scene)) or (len(found) > 1 and rng.random() < 0.5):
+        group = rng.choice([Kind()] * 4 + shared_kinds(scene))
+        members = [thing for thing in scene if group.fits(thing)]
+        found = [thing for thing in members if thing.size == size]
+        if len(found) not in (1, len(members)) or (len(found) > 1 and rng.random() < 0.5):
             return ask_comparison(scene, voice)
         words = ["biggest", "largest"] if large else ["smallest", "littlest", "smallest"]
-        two = len(scene) == 2 and rng.random() < 0.4
-        question = voice.ask("superlative", superlative=rng.choice(comparatives if two else words))
+        two = len(members) == 2 and rng.random() < 0.4
+        asked = rng.choice(comparatives if two else words)
+        if group == Kind():
+            question = voice.ask("superlative", superlative=asked)
+        else:
+            asked_many = ("two " if len(members) == 2 and rng.random() < 0.4 else "") + many(group, voice)
+            question = voice.ask("superlative_of", many=asked_many, one=worded(group, voice), superlative=asked)
         if len(found) > 1 and two:
             return Turn("comparison", question, "neither", "They are the same size.")
         if len(found) > 1:
@@ -287,7 +300,7 @@ def ask_quantity(scene: world.Scene, voice: Voice) -> Turn:
     value = value if rng.random() < 0.7 else other_value(family, scene, value, rng)
     number = sum(attribute(family, thing)[0] == value for thing in members)
     holds = {"all": number == len(members), "both": number == 2, "none": number == 0, "any": number > 0}[way]
-    if not kept(way, holds, rng):
+    if not kept(f"whole {way}" if group == Kind() else way, holds, rng):
         return ask_quantity(scene, voice)
     one = several = voice.word(value)
     if family == "shape":
@@ -314,14 +327,19 @@ def ask_quantity(scene: world.Scene, voice: Voice) -> Turn:
 
 def ask_list(scene: world.Scene, voice: Voice) -> Turn:
     """Asks for all things, for all colours or shapes, for those with an attribute, or for what else is there."""
-    rng, way = voice.rng, voice.rng.choice(["everything", "values", "else", "members"])
+    rng, way = voice.rng, voice.rng.choice(["everything", "values", "values", "else", "members"])
     if way == "everything":
         said = listed([article(thing.name) for thing in scene])
         return Turn("list", voice.ask(way), names(scene), f"There is {said}.")
     if way == "values":
-        family = rng.choice(["colour", "shape"])
-        found = list(dict.fromkeys(getattr(thing, family) for thing in scene))
+        group = rng.choice([Kind()] * 3 + shared_kinds(scene))
+        family = "shape" if group.colour else "colour" if group.shape else rng.choice(["colour", "shape"])
+        found = list(dict.fromkeys(getattr(thing, family) for thing in scene if group.fits(thing)))
         word = "shapes" if family == "shape" else rng.choice(["colours", "colors"])
+        if group != Kind():
+            question = voice.ask("values_of", properties=word, many=many(group, voice))
+            said = listed([plural(one) if family == "shape" else one for one in found])
+            return Turn("list", question, listed(found), f"The {plain_many(group, 2)} are {said}.")
         plain = f"The {family}{'s are' if len(found) > 1 else ' is'} {listed(found)}."
         return Turn("list", voice.ask(way, properties=word), listed(found), plain)
     if way == "else":
@@ -337,7 +355,7 @@ def ask_list(scene: world.Scene, voice: Voice) -> Turn:
     value = value if rng.random() < 0.85 else other_value(family, scene, value, rng)
     found = [thing for thing in scene if attribute(family, thing)[0] == value]
     asked = plural(voice.word(value)) if family == "shape" else voice.word(value)
-    asks = voice.ask(way, value=asked)
+    asks = voice.ask(way, value=asked, many=many(Kind(**{family: value}), voice))
     said = listed([f"the {thing.name}" for thing in found]) if found else "nothing"
     plain = f"{said[0].upper()}{said[1:]} {is_are(max(1, len(found)))} "
     says = value if family != "shape" else plural(value) if len(found) > 1 else article(value)

@@ -17,6 +17,7 @@ from phrases import (
     refer,
     sentence,
     the,
+    worded,
 )
 from wordings import Voice
 
@@ -67,8 +68,16 @@ def ask_attribute(family: str, scene: world.Scene, thing: world.Thing, voice: Vo
 
 
 def ask_side(scene: world.Scene, voice: Voice) -> Turn:
-    """Asks for a thing's side, row, column or corner."""
+    """Asks for the side, row, column or corner of a thing, or for the side, row or column of all of them."""
     rng, thing = voice.rng, voice.rng.choice(scene)
+    shared = [name for name in ("row", "column") if len({getattr(one, name) for one in scene}) == 1]
+    if len(scene) > 1 and shared and rng.random() < 0.3:
+        what, all_ = rng.choice(shared), "both" if len(scene) == 2 else "all"
+        value = world.ROWS[thing.row] if what == "row" else world.COLUMNS[thing.column]
+        word, where = (what, "in") if value in ("middle", "centre") or rng.random() < 0.6 else ("side", "on")
+        return Turn(
+            "side", voice.ask("shared", what=word, all=all_, on=where), value, f"They are {all_} in the {value} {what}."
+        )
     kind, cell = refer(rng, scene, thing, "position"), world.CELLS[thing.cell]
     what = rng.choice(["side", "row", "column", "corner"])
     asked, said = name_it(kind, voice, scene)
@@ -87,8 +96,13 @@ def ask_side(scene: world.Scene, voice: Voice) -> Turn:
 
 
 def ask_naming(scene: world.Scene, voice: Voice) -> Turn:
-    """Asks what is in a cell, or on a side."""
+    """Asks what, or which one of a kind, is in a cell, or what is on a side."""
     rng = voice.rng
+    if rng.random() < 0.12:  # "Which star is in the centre?"
+        thing = rng.choice(scene)
+        kind, cell = rng.choice([Kind(thing.colour), Kind(shape=thing.shape)]), world.CELLS[thing.cell]
+        question = voice.ask("which_in", one=worded(kind, voice), place=voice.cell(cell))
+        return Turn("naming", question, thing.name, f"The {thing.name} is in the {cell}.")
     if rng.random() < 0.3:
         side = rng.choice(list(SIDES))
         found = [thing for thing in scene if SIDES[side](thing)]
@@ -122,8 +136,15 @@ def ask_verify(scene: world.Scene, voice: Voice) -> Turn:
 
 
 def ask_choice(scene: world.Scene, voice: Voice) -> Turn:
-    """Asks which of two values a thing has."""
+    """Asks which of two values a thing has, or which of two things has a value."""
     rng, thing, family = voice.rng, voice.rng.choice(scene), voice.rng.choice([*ATTRIBUTES, "side"])
+    value, says = attribute(family, thing) if family != "side" else ("", "")
+    others = [one for one in scene if value and attribute(family, one)[0] != value]
+    if others and rng.random() < 0.3:
+        first, second = (refer(rng, scene, one, family) for one in (thing, rng.choice(others)))
+        slots = dict(zip(("first", "second"), rng.sample([the(first, voice), the(second, voice)], 2), strict=True))
+        question = voice.ask("which_is", value=predicate(family, value, voice), **slots)
+        return Turn("choice", question, thing.name, f"The {first} {says}.")
     kind = refer(rng, scene, thing, "position" if family == "side" else family)
     if family == "side":
         pairs = [pair for pair in (("left", "right"), ("top", "bottom")) if any(SIDES[side](thing) for side in pair)]
@@ -135,7 +156,6 @@ def ask_choice(scene: world.Scene, voice: Voice) -> Turn:
         if rng.random() < 0.3:  # "left or right"
             options = list(pair)
     else:
-        value, says = attribute(family, thing)
         options = [predicate(family, word, voice) for word in (value, other_value(family, scene, value, rng))]
     first, second = rng.sample(options, 2)
     asked, said = name_it(kind, voice, scene)

@@ -22,7 +22,7 @@ from extras.terminal import command_line
 
 SEED = 0
 SCENES, TEST_SCENES = 24_000, 800
-TOWER_STEPS, DECODER_STEPS = 5000, 10_000
+TOWER_STEPS, DECODER_STEPS = 5000, 6500
 BESIDE = 3000  # decoder steps on one core while the other trains the tower
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),

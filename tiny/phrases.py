@@ -110,6 +110,21 @@ def notes(scene: world.Scene, rng: random.Random) -> str:
 # Naming things
 
 
+def may_ask(kind: Kind, scene: world.Scene, rng: random.Random) -> bool:
+    """Leaves out many questions about stars that are not there where something is red, and the like.
+
+    As nothing red is ever a star, stars are rarer in scenes with something red. If they were denied there as often as
+    that suggests, the model would learn "red" as evidence against "star", and deny a red star when it sees one.
+    """
+    colours, shapes = ({getattr(thing, name) for thing in scene} for name in ("colour", "shape"))
+    misleading = any(
+        (kind.shape == shape and shape not in shapes and colour in colours)
+        or (kind.colour == colour and colour not in colours and shape in shapes)
+        for colour, shape in world.HELD_OUT
+    )
+    return not misleading or rng.random() < 0.35
+
+
 # The attributes that an expression may use
 REFERENCES = [["colour"], ["shape"], *[["colour", "shape"]] * 2, ["size", "shape"], ["size", "colour"], ["size"]]
 ATTRIBUTES = ["colour", "shape", "size", "position"]
@@ -145,7 +160,7 @@ def refer(rng: random.Random, scene: world.Scene, thing: world.Thing, without: s
 
 def worded(kind: Kind, voice: Voice) -> str:
     """The expression as a speaker words it, without article."""
-    name = voice.noun(kind.colour, kind.shape, kind.size)
+    name = voice.noun(kind.colour, kind.shape, kind.size, placed=(kind.cell, kind.side) != (None, None))
     if kind.side is not None:
         return f"{name} {voice.side(kind.side)}"
     return name if kind.cell is None else f"{name} {voice.cell(world.CELLS[kind.cell])}"

@@ -10,9 +10,9 @@ regularly. The same command resumes an interrupted run, with the results of an u
 
 The tower is trained with CLIP's contrastive loss (arXiv 2103.00020): over all pairs of a batch, the CLS features of the
 last layer are matched with the features of a caption's last token from a small text encoder. Half of the pairs are near
-twins, which differ in shape or position. But the contrastive loss does not constrain the patch features, and LLaVA uses
-only those. Therefore a linear layer, discarded later, also has to name colour, shape and size of what is in a patch's
-cell, from the patch's features of LLaVA's layer. Every patch of a thing thus carries all attributes of the thing.
+twins, which differ in shape or position. But LLaVA uses only the patch features, which this loss does not constrain. So
+a linear layer, discarded later, has to name colour, shape and size of what is in a patch's cell, from the features of
+LLaVA's layer. Label smoothing limits how firmly the absence of red stars can be learned.
 """
 
 import argparse
@@ -96,6 +96,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
+@world.with_made_up_words()
 def make_tokenizer(folder: Path) -> LlamaTokenizer:
     """Loads the tokenizer of a folder. If there is none, trains it on the world's texts first."""
     if not (folder / "tokenizer.model").exists():
@@ -213,8 +214,7 @@ class TowerTraining(nn.Module):
         """Pictures (N, 3, 96, 96), names (N, P, 5) and captions, as ids from <s> to </s> -> the loss and its parts."""
         before, last = self.vision_tower(pixel_values, [-2, -1], "full").chunk(2, dim=-1)  # 2 x (N, 1 + P, Dv)
 
-        # Naming: the patch features of LLaVA's layer, the last but one, must tell what is in the patch's cell. Label
-        # smoothing limits how firmly the absence of red stars can be learned.
+        # Naming: the patch features of LLaVA's layer, the last but one, must tell what is in the patch's cell
         scores = self.namer(before[:, 1:]).split([len(values) for values in NAMES], dim=-1)  # 5 x (N, P, values)
         losses = [
             F.cross_entropy(score.flatten(0, 1), names[..., i].flatten(), ignore_index=-1, label_smoothing=0.1)
@@ -262,9 +262,8 @@ def name_patches(scene: world.Scene) -> Tensor:
 def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[list[int]]]:
     """Pictures (N, 3, 96, 96), the names of what is in their patches, and captions. Half are near twins of the others.
 
-    In the first fifth of the training, all things have any colour or no particular shape, and later half of them.
-    The tower therefore learns shapes and colours independently, and recognises an unseen combination by what it shares
-    with others. Without that, the tower learns "red" as evidence against "star", because no star was ever red.
+    In the first fifth of the training, all things have any colour or no particular shape, and later half of them. So it
+    does not learn "red" as evidence against "star", and recognises unseen combinations by what others share with them.
     """
     rng = random.Random(f"tower/{args.seed}/{step}")
     known = world.SHAPES_ALONE + world.COLOURS_ALONE
@@ -343,6 +342,7 @@ def decoder_batch(
     return rows, torch.tensor(patches)
 
 
+@world.with_made_up_words()
 def train_decoder(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
     """Trains the decoder and writes decoder.state."""
     torch.manual_seed(args.seed)

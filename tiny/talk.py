@@ -39,10 +39,10 @@ FAMILIES = [*ATTRIBUTES, *ASKS, "follow-up"]
 # How often a family is asked in conversations; the others: 1. Captions have many words; counting takes long to learn.
 WEIGHTS = {
     **dict.fromkeys(["caption", "details"], 0.4),
-    **dict.fromkeys([*ATTRIBUTES, "side", "choice"], 0.6),
-    **dict.fromkeys(["verify", "outside", "two steps", "follow-up"], 1.2),
-    **dict.fromkeys(["relation", "comparison", "existence", "list"], 1.8),
-    **dict.fromkeys(["count", "quantity"], 2.5),
+    **dict.fromkeys([*ATTRIBUTES, "side"], 0.6),
+    **dict.fromkeys(["verify", "outside", "two steps", "follow-up"], 1.4),
+    **dict.fromkeys(["relation", "comparison", "existence"], 1.8),
+    **dict.fromkeys(["count", "quantity", "list"], 2.5),
 }
 LIKE = 0.25  # the share of training scenes with things that are alike
 

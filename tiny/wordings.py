@@ -49,10 +49,10 @@ COMMON = {"small", "large", "centre"}  # as often called by another name
 THINGS = ["object", "thing", "shape", "item", "one", "thing", "object", "figure", "thingy"]
 PLURALS = {"box": "boxes", "cross": "crosses", "plus": "plusses", "rhombus": "rhombuses", "thingy": "thingies"}
 DIRECTIONS = {
-    "left of": "[left of|to the left of|on the left of|on the left side of]",
-    "right of": "[right of|to the right of|on the right of|on the right side of]",
-    "above": "[above|over|higher than|on top of|further up than]",
-    "below": "[below|under|beneath|underneath|lower than|further down than]",
+    "left of": "[[just|] left of|[just|immediately|] to the left of|on the left of|on the left side of]",
+    "right of": "[[just|] right of|[just|immediately|] to the right of|on the right of|on the right side of]",
+    "above": "[above|over|higher than|higher up than|on top of|further up than]",
+    "below": "[below|under|beneath|underneath|lower than|lower down than|further down than]",
 }
 SIDES = {
     "left": "[on the left|[on|at|to] the left[| side|-hand side| hand side]|in the left column]",
@@ -137,10 +137,13 @@ class Voice:
         others = None if self.plain else SYNONYMS.get(word)
         return self.rng.choice(others) if others and self.rng.random() < (0.5 if word in COMMON else 0.12) else word
 
-    def noun(self, colour: str | None = None, shape: str | None = None, size: str | None = None) -> str:
-        """ "small red circle", "red thing" """
+    def noun(
+        self, colour: str | None = None, shape: str | None = None, size: str | None = None, placed: bool = False
+    ) -> str:
+        """ "small red circle", "red one", "thing"; `placed`: whether a place follows, as in "one at the top" """
         words = [self.word(word) for word in (size, colour) if word]
-        return " ".join([*words, self.word(shape) if shape else choose(THINGS, self.choice)])
+        things = THINGS if words or placed else [thing for thing in THINGS if thing != "one"]
+        return " ".join([*words, self.word(shape) if shape else choose(things, self.choice)])
 
     def cell(self, cell: str) -> str:
         """ "in the top left corner", "at the upper left" """
@@ -165,7 +168,7 @@ class Voice:
     def ask(self, kind: str, **slots: str) -> str:
         """A question of a kind, with the worded phrases in its slots."""
         lines = (HELD_OUT if self.held_out else KNOWN)[kind]
-        return self.speak(expand(choose(lines, self.choice), self.choice).format(**slots))
+        return self.speak(expand(choose(lines, self.choice), self.choice).format(**slots).strip())
 
     def speak(self, text: str) -> str:
         """Gives a question in lower case the speaker's manners."""

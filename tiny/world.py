@@ -10,10 +10,12 @@ How a scene is drawn is its `Look`: outlines, rotation, background, blur, noise,
 asked about.
 """
 
+import contextlib
 import io
+import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -41,6 +43,9 @@ KNOWN = [pair for pair in COMBINATIONS if pair not in HELD_OUT]
 # Only for the tower's pretraining: shapes of any colour, and colours without a shape
 SHAPES_ALONE = [("some", shape) for shape in SHAPES]
 COLOURS_ALONE = [(colour, "blob") for colour in COLOURS]
+# Only for the decoder's pretraining, on ideal pictures: colours and shapes that nobody can draw
+MADE_UP_COLOURS = ["zeb", "quil", "fep", "lorb", "tade", "nim", "vosk", "plir"]
+MADE_UP_SHAPES = ["wug", "dax", "blick", "tove", "gorp", "snerk", "mib"]
 SIDE = 96  # pixels
 
 
@@ -104,6 +109,21 @@ def make_scene(
     cells = rng.sample(range(9), number)
     things = [Thing(*pair, rng.choice(list(SIZES)), cell) for pair, cell in zip(pairs, cells, strict=True)]
     return tuple(sorted(things, key=lambda thing: thing.cell))
+
+
+@contextlib.contextmanager
+def with_made_up_words() -> Iterator[None]:
+    """The world with as many colours and shapes again, and all their combinations but the held-out ones."""
+    colours, shapes, known = dict(COLOURS), list(SHAPES), list(KNOWN)
+    COLOURS.update(dict.fromkeys(MADE_UP_COLOURS, (0, 0, 0)))
+    SHAPES.extend(MADE_UP_SHAPES)
+    KNOWN[:] = [pair for pair in itertools.product(COLOURS, SHAPES) if pair not in HELD_OUT]
+    try:
+        yield
+    finally:
+        COLOURS.clear()
+        COLOURS.update(colours)
+        SHAPES[:], KNOWN[:] = shapes, known
 
 
 def make_like(rng: random.Random) -> Scene:
