@@ -152,9 +152,7 @@ def fit(
     if state_file.exists():
         state = torch.load(state_file)
         if state["settings"] != settings:
-            raise ValueError(
-                f"{state_file} is from a training run with {state['settings']}: use another folder, or delete the file"
-            )
+            raise ValueError(f"{state_file} is from a run with {state['settings']}: use another folder, or delete it")
         begin, lines = state["step"], state["lines"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -201,12 +199,11 @@ class TowerTraining(nn.Module):
         super().__init__()
         self.vision_tower = CLIPVisionModel(VISION)
         self.reader = LlamaModel(text_config(len(WORDS), layers=2))
-        self.from_picture = nn.Linear(VISION.hidden_size, 128, bias=False)
+        width = VISION.hidden_size
+        self.from_picture = nn.Linear(width, 128, bias=False)
         self.from_text = nn.Linear(128, 128, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
-        self.namer = nn.Sequential(
-            nn.LayerNorm(VISION.hidden_size), nn.Linear(VISION.hidden_size, sum(map(len, NAMES)))
-        )
+        self.namer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(map(len, NAMES))))
 
     def forward(
         self, pixel_values: Tensor, names: Tensor, captions: list[list[int]]
@@ -232,12 +229,8 @@ class TowerTraining(nn.Module):
         contrast = (F.cross_entropy(similar, pairs) + F.cross_entropy(similar.T, pairs)) / 2
         found = (similar.argmax(1) == pairs).float().mean()
         naming = torch.stack(losses).sum()
-        return naming + 0.25 * contrast, {
-            "naming": naming.item(),
-            "shapes": right.item(),
-            "contrast": contrast.item(),
-            "found": found.item(),
-        }
+        figures = {"naming": naming, "shapes": right, "contrast": contrast, "found": found}
+        return naming + 0.25 * contrast, {name: figure.item() for name, figure in figures.items()}
 
 
 def cells() -> list[tuple[int, int]]:
@@ -300,21 +293,32 @@ class DecoderTraining(nn.Module):
 
     def forward(self, rows: list[tuple[list[int], list[bool]]], patches: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Conversations, as (ids with P image tokens, which of them belong to answers), and the words of their patches
-        (B, P, W), as ids -> mean loss and accuracy of the answer tokens."""
+        (B, P, W, 2), as ids and weights -> mean loss and accuracy of the answer tokens."""
         ids = padded([ids for ids, _ in rows])  # (B, T)
         learned = padded([learned for _, learned in rows]).bool()[:, 1:]  # (B, T - 1)
         words = self.language_model.model.embed_tokens(ids)
-        pictures = self.language_model.model.embed_tokens(patches).sum(-2)  # (B, P, D)
+        names, weights = patches.unbind(-1)  # 2 x (B, P, W)
+        pictures = (self.language_model.model.embed_tokens(names.long()) * weights[..., None]).sum(-2)  # (B, P, D)
         words[ids == self.image_token_id] = F.dropout(pictures.flatten(0, 1), 0.1)
         hidden = self.language_model.model(words)[:, :-1]
         logits, targets = self.language_model.lm_head(hidden[learned]), ids[:, 1:][learned]
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
 
-def patch_words(scene: world.Scene) -> list[list[str]]:
-    """For each patch, the words for what is in its cell, and for the cell."""
-    things = {(thing.row, thing.column): [*thing[:3]] for thing in scene}
-    return [[*things.get(cell, ["nothing"] * 3), world.ROWS[cell[0]], world.COLUMNS[cell[1]]] for cell in cells()]
+def patch_words(scene: world.Scene, rng: random.Random) -> list[list[tuple[str, float]]]:
+    """For each patch, the words for what is in its cell, and for the cell, with their weights.
+
+    Every colour and every shape is mixed with a share of any other, at most a half. So words for what is less certain
+    must not count as evidence: a red triangle that looks a little blue is one all the same.
+    """
+    things = {}
+    for thing in scene:
+        a, b = 0.5 * rng.random(), 0.5 * rng.random()
+        words = [(thing.colour, 1 - a), (thing.shape, 1 - b), (thing.size, 1.0)]
+        words += [(rng.choice(list(world.COLOURS)), a), (rng.choice(world.SHAPES), b)]
+        things[thing.row, thing.column] = words
+    empty = 3 * [("nothing", 1.0)] + 2 * [("nothing", 0.0)]
+    return [[*things.get(cell, empty), (world.ROWS[cell[0]], 1.0), (world.COLUMNS[cell[1]], 1.0)] for cell in cells()]
 
 
 def decoder_batch(
@@ -322,12 +326,12 @@ def decoder_batch(
 ) -> tuple[list[tuple[list[int], list[bool]]], Tensor]:
     """Conversations about scenes, and the words of the scenes' patches.
 
-    In the first fifth of the training, guessing fails: there are always three things, no two share a colour or a shape,
-    and all questions but the lists of numbers are about one of them. Wordings are plain at first, and later more and
-    more often the known ones.
+    In the first seventh of the training, guessing fails: there are always three things, no two share a colour or a
+    shape, and all questions but the lists of numbers are about one of them. Wordings are plain at first, and later more
+    and more often the known ones.
     """
     rng, rows, patches, progress = random.Random(f"decoder/{args.seed}/{step}"), [], [], step / args.steps
-    early = progress < 0.2
+    early = progress < 0.14
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else talk.make_scene(rng)
         families = [*ATTRIBUTES, "details", "naming", "facts"] if early else None
@@ -335,7 +339,7 @@ def decoder_batch(
         (question, answer), *rest = conversation(turns, rng)
         ids, learned = tokenizer.encode_chat([(f"{IMAGE_TOKEN}\n{question}", answer), *rest], "")
         image = ids.index(tokenizer.image_token_id)
-        words = [[tokenizer.encode(word)[-1] for word in words] for words in patch_words(scene)]
+        words = [[(tokenizer.encode(word)[-1], w) for word, w in patch] for patch in patch_words(scene, rng)]
         ids[image : image + 1], learned[image : image + 1] = len(words) * ids[image : image + 1], len(words) * [False]
         rows.append((ids[:LONGEST], learned[:LONGEST]))
         patches.append(words)
@@ -353,12 +357,8 @@ def train_decoder(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
 def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
     """Writes the checkpoint that stage "align" starts from."""
     torch.manual_seed(args.seed)
-    config = LlavaConfig(
-        VISION,
-        text_config(tokenizer.pad_token_id + 1, LAYERS),
-        tokenizer.image_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = text_config(tokenizer.pad_token_id + 1, LAYERS)
+    config = LlavaConfig(VISION, text, tokenizer.image_token_id, pad_token_id=tokenizer.pad_token_id)
     model = initialised(LlavaForConditionalGeneration(config))
     kept = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("multi_modal_projector.")}
     for part, prefix in KEPT.items():
