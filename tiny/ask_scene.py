@@ -35,7 +35,7 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 ONLY_SHAPES = "There are only coloured shapes in the picture."
 UNKNOWN = "I only know about the coloured shapes in the picture."
 PROPERTIES = ["colour", "shape", "size"]
-# The share of questions that is kept where one answer would otherwise be more frequent; whole: about all things
+# The share of questions to keep where one answer would otherwise be more frequent; "whole": about all of the scene
 KEPT = {("all", False): 0.15, ("both", False): 0.17, ("none", False): 0.32, ("any", True): 0.31, ("same", False): 0.26}
 KEPT |= {("whole all", False): 0.16, ("whole both", False): 0.28, ("whole none", False): 0.18}
 KEPT |= {("whole any", True): 0.19, ("compare", False): 0.3, ("alike", False): 0.68, ("number", False): 0.66}

@@ -21,8 +21,8 @@ sys.path.insert(0, str(ROOT))
 from extras.terminal import command_line
 
 SEED = 0
-SCENES, TEST_SCENES = 24_000, 800
-TOWER_STEPS, DECODER_STEPS = 5000, 6500
+SCENES, TEST_SCENES = 32_000, 800
+TOWER_STEPS, DECODER_STEPS = 5000, 9000
 BESIDE = 3000  # decoder steps on one core while the other trains the tower
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),

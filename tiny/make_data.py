@@ -1,6 +1,6 @@
 """Writes the small world to files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 24000
+    python tiny/make_data.py train --output FOLDER --scenes 32000
     python tiny/make_data.py test  --output FOLDER --scenes 800
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels

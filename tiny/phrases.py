@@ -111,10 +111,10 @@ def notes(scene: world.Scene, rng: random.Random) -> str:
 
 
 def may_ask(kind: Kind, scene: world.Scene, rng: random.Random) -> bool:
-    """Leaves out many questions about stars that are not there where something is red, and the like.
+    """Whether a question may mention this kind: mostly not an absent star where something is red, and the like.
 
-    As nothing red is ever a star, stars are rarer in scenes with something red. If they were denied there as often as
-    that suggests, the model would learn "red" as evidence against "star", and deny a red star when it sees one.
+    Nothing red is ever a star, so stars are rarer in scenes with something red. If the answers showed that, the model
+    would learn "red" as evidence against "star", and deny a red star that it sees.
     """
     colours, shapes = ({getattr(thing, name) for thing in scene} for name in ("colour", "shape"))
     misleading = any(

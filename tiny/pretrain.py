@@ -11,8 +11,8 @@ regularly. The same command resumes an interrupted run, with the results of an u
 The tower is trained with CLIP's contrastive loss (arXiv 2103.00020): over all pairs of a batch, the CLS features of the
 last layer are matched with the features of a caption's last token from a small text encoder. Half of the pairs are near
 twins, which differ in shape or position. But LLaVA uses only the patch features, which this loss does not constrain. So
-a linear layer, discarded later, has to name colour, shape and size of what is in a patch's cell, from the features of
-LLaVA's layer. Label smoothing limits how firmly the absence of red stars can be learned.
+a linear layer, discarded later, has to name each patch's cell and the colour, shape and size of what is in it, from the
+features of the layer that LLaVA uses. Label smoothing limits how firmly it can learn that nothing red is a star.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def fit(
     if state_file.exists():
         state = torch.load(state_file)
         if state["settings"] != settings:
-            raise ValueError(f"{state_file} is from a run with {state['settings']}: use another folder, or delete it")
+            raise ValueError(f"{state_file}: a run with {state['settings']}; use another folder or delete the file")
         begin, lines = state["step"], state["lines"]
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
@@ -255,8 +255,8 @@ def name_patches(scene: world.Scene) -> Tensor:
 def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[list[int]]]:
     """Pictures (N, 3, 96, 96), the names of what is in their patches, and captions. Half are near twins of the others.
 
-    In the first fifth of the training, all things have any colour or no particular shape, and later half of them. So it
-    does not learn "red" as evidence against "star", and recognises unseen combinations by what others share with them.
+    In the first fifth of the training, all things have any colour or no particular shape, later half of them. So the
+    tower does not learn "red" as evidence against "star", and knows unseen combinations by what they share with others.
     """
     rng = random.Random(f"tower/{args.seed}/{step}")
     known = world.SHAPES_ALONE + world.COLOURS_ALONE
@@ -281,9 +281,8 @@ def train_tower(args: argparse.Namespace) -> None:
 
 
 class DecoderTraining(nn.Module):
-    """The decoder, trained on ideal pictures: each image token is the sum of the words for what is in its patch.
-
-    What the projector has to learn later is to make such sums of the tower's features.
+    """The decoder, trained on ideal pictures: each image token is a weighted sum of the embeddings of words for what is
+    in its patch. What the projector has to learn later is to make such sums of the tower's features.
     """
 
     def __init__(self, tokenizer: LlamaTokenizer) -> None:
@@ -297,8 +296,8 @@ class DecoderTraining(nn.Module):
         ids = padded([ids for ids, _ in rows])  # (B, T)
         learned = padded([learned for _, learned in rows]).bool()[:, 1:]  # (B, T - 1)
         words = self.language_model.model.embed_tokens(ids)
-        names, weights = patches.unbind(-1)  # 2 x (B, P, W)
-        pictures = (self.language_model.model.embed_tokens(names.long()) * weights[..., None]).sum(-2)  # (B, P, D)
+        word_ids, weights = patches.unbind(-1)  # 2 x (B, P, W)
+        pictures = (self.language_model.model.embed_tokens(word_ids.long()) * weights[..., None]).sum(-2)  # (B, P, D)
         words[ids == self.image_token_id] = F.dropout(pictures.flatten(0, 1), 0.1)
         hidden = self.language_model.model(words)[:, :-1]
         logits, targets = self.language_model.lm_head(hidden[learned]), ids[:, 1:][learned]
@@ -308,8 +307,8 @@ class DecoderTraining(nn.Module):
 def patch_words(scene: world.Scene, rng: random.Random) -> list[list[tuple[str, float]]]:
     """For each patch, the words for what is in its cell, and for the cell, with their weights.
 
-    Every colour and every shape is mixed with a share of any other, at most a half. So words for what is less certain
-    must not count as evidence: a red triangle that looks a little blue is one all the same.
+    To each colour and each shape, a random one is mixed in, with a weight below a half. The decoder thereby learns to
+    ignore the weaker word: a red triangle that looks slightly blue is still a red triangle.
     """
     things = {}
     for thing in scene:
@@ -317,7 +316,7 @@ def patch_words(scene: world.Scene, rng: random.Random) -> list[list[tuple[str, 
         words = [(thing.colour, 1 - a), (thing.shape, 1 - b), (thing.size, 1.0)]
         words += [(rng.choice(list(world.COLOURS)), a), (rng.choice(world.SHAPES), b)]
         things[thing.row, thing.column] = words
-    empty = 3 * [("nothing", 1.0)] + 2 * [("nothing", 0.0)]
+    empty = 3 * [("nothing", 1.0)] + 2 * [("nothing", 0.0)]  # as many words as for a thing
     return [[*things.get(cell, empty), (world.ROWS[cell[0]], 1.0), (world.COLUMNS[cell[1]], 1.0)] for cell in cells()]
 
 

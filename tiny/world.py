@@ -43,7 +43,7 @@ KNOWN = [pair for pair in COMBINATIONS if pair not in HELD_OUT]
 # Only for the tower's pretraining: shapes of any colour, and colours without a shape
 SHAPES_ALONE = [("some", shape) for shape in SHAPES]
 COLOURS_ALONE = [(colour, "blob") for colour in COLOURS]
-# Only for the decoder's pretraining, on ideal pictures: colours and shapes that nobody can draw
+# Only for the tokenizer, in which each is one piece, and the decoder's pretraining: colours and shapes nobody can draw
 MADE_UP_COLOURS = ["zeb", "quil", "fep", "lorb", "tade", "nim", "vosk", "plir"]
 MADE_UP_SHAPES = ["wug", "dax", "blick", "tove", "gorp", "snerk", "mib"]
 SIDE = 96  # pixels
@@ -113,7 +113,10 @@ def make_scene(
 
 @contextlib.contextmanager
 def with_made_up_words() -> Iterator[None]:
-    """The world with as many colours and shapes again, and all their combinations but the held-out ones."""
+    """Temporarily adds the made-up colours and shapes, in all combinations but the held-out ones.
+
+    It changes the lists in place, because other modules and the default of `make_scene` refer to them.
+    """
     colours, shapes, known = dict(COLOURS), list(SHAPES), list(KNOWN)
     COLOURS.update(dict.fromkeys(MADE_UP_COLOURS, (0, 0, 0)))
     SHAPES.extend(MADE_UP_SHAPES)
