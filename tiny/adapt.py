@@ -4,7 +4,8 @@
 
 1. Arrows, moons and brown things join the small world. Pictures with conversations about them are drawn, some of them
    of the old world only, so that the model does not forget it.
-2. `train.py --lora 8 --lora-vision` trains the adapter NEW/adapter. The built-in model itself stays as it is.
+2. `train.py --lora 8` trains the adapter NEW/adapter: a LoRA in the tower, the decoder and the head, because the new
+   words consist of pieces that the model has never said. The built-in model itself stays as it is.
 3. Both are asked about unseen scenes with new things, and the questions of make_data.py about the old world. It is one
    model, whose adapter is switched off and on. Answers are short and scored by exact match.
 """
@@ -31,6 +32,7 @@ from evaluate import answer_questions
 from extras.adapters import WEIGHTS_FILE, image_processor_of
 from extras.benchmarks import read_lines, read_questions
 from extras.lora import switch
+from extras.lora_training import TARGETS
 from extras.scores import exact_match
 from extras.terminal import command_line
 from llava import LlavaForConditionalGeneration, LlavaProcessor
@@ -41,7 +43,7 @@ NEW_WORDS = [*SHAPES, COLOUR]
 NEW_PAIRS = [(colour, shape) for colour in world.COLOURS for shape in SHAPES]
 NEW_PAIRS += [(COLOUR, shape) for shape in [*world.SHAPES, *SHAPES]]
 OLD_SHARE = 0.2  # of the pictures that show nothing new
-CONVERSATIONS, TURNS = 4, 6  # about each picture, and questions in each conversation
+CONVERSATIONS, TURNS = 6, 6  # about each picture, and questions in each conversation
 ASKED = [family for family in talk.FAMILIES if family not in ("facts", "follow-up")]
 BATCH = 64  # questions answered at once
 
@@ -163,7 +165,7 @@ def adapt(args: argparse.Namespace) -> None:
     command += ["--data", folder / "train.json", "--images", folder, "--system", "", "--device", "cpu"]
     command += ["--lora", args.rank, "--lora-dropout", 0, "--learning-rate", args.learning_rate, "--seed", args.seed]
     command += ["--projector-learning-rate", args.projector_learning_rate, "--epochs", args.epochs, "--lora-vision"]
-    run(*command, "--batch", 16, "--micro-batch", 8)
+    run(*command, "--lora-targets", *TARGETS, "lm_head", "--batch", 16, "--micro-batch", 8)
     trained = time.perf_counter()
 
     model = LlavaForConditionalGeneration.from_pretrained(BASE, adapter=folder / "adapter").eval()
