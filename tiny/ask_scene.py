@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import world
 from ask_thing import attribute, other_value, predicate
@@ -355,7 +356,8 @@ def ask_list(scene: world.Scene, voice: Voice) -> Turn:
     value = value if rng.random() < 0.85 else other_value(family, scene, value, rng)
     found = [thing for thing in scene if attribute(family, thing)[0] == value]
     asked = plural(voice.word(value)) if family == "shape" else voice.word(value)
-    asks = voice.ask(way, value=asked, many=many(Kind(**{family: value}), voice))
+    named: dict[str, Any] = {family: value}
+    asks = voice.ask(way, value=asked, many=many(Kind(**named), voice))
     said = listed([f"the {thing.name}" for thing in found]) if found else "nothing"
     plain = f"{said[0].upper()}{said[1:]} {is_are(max(1, len(found)))} "
     says = value if family != "shape" else plural(value) if len(found) > 1 else article(value)

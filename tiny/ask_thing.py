@@ -100,9 +100,9 @@ def ask_naming(scene: world.Scene, voice: Voice) -> Turn:
     rng = voice.rng
     if rng.random() < 0.12:  # "Which star is in the centre?"
         thing = rng.choice(scene)
-        kind, cell = rng.choice([Kind(thing.colour), Kind(shape=thing.shape)]), world.CELLS[thing.cell]
-        question = voice.ask("which_in", one=worded(kind, voice), place=voice.cell(cell))
-        return Turn("naming", question, thing.name, f"The {thing.name} is in the {cell}.")
+        kind, place = rng.choice([Kind(thing.colour), Kind(shape=thing.shape)]), world.CELLS[thing.cell]
+        question = voice.ask("which_in", one=worded(kind, voice), place=voice.cell(place))
+        return Turn("naming", question, thing.name, f"The {thing.name} is in the {place}.")
     if rng.random() < 0.3:
         side = rng.choice(list(SIDES))
         found = [thing for thing in scene if SIDES[side](thing)]
@@ -141,10 +141,10 @@ def ask_choice(scene: world.Scene, voice: Voice) -> Turn:
     value, says = attribute(family, thing) if family != "side" else ("", "")
     others = [one for one in scene if value and attribute(family, one)[0] != value]
     if others and rng.random() < 0.3:
-        first, second = (refer(rng, scene, one, family) for one in (thing, rng.choice(others)))
-        slots = dict(zip(("first", "second"), rng.sample([the(first, voice), the(second, voice)], 2), strict=True))
+        kind, other = (refer(rng, scene, one, family) for one in (thing, rng.choice(others)))
+        slots = dict(zip(("first", "second"), rng.sample([the(kind, voice), the(other, voice)], 2), strict=True))
         question = voice.ask("which_is", value=predicate(family, value, voice), **slots)
-        return Turn("choice", question, thing.name, f"The {first} {says}.")
+        return Turn("choice", question, thing.name, f"The {kind} {says}.")
     kind = refer(rng, scene, thing, "position" if family == "side" else family)
     if family == "side":
         pairs = [pair for pair in (("left", "right"), ("top", "bottom")) if any(SIDES[side](thing) for side in pair)]
