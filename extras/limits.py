@@ -39,8 +39,9 @@ def describe_machine() -> str:
 def cpu_kind() -> str:
     """The instructions that kernels are chosen by, such as "AVX512 VNNI BF16"."""
     extras = {"VNNI": "_is_vnni_supported", "BF16": "_is_avx512_bf16_supported", "AMX": "_is_amx_tile_supported"}
-    found = [name for name, test in extras.items() if getattr(torch.cpu, test, bool)()]
-    return " ".join([torch.backends.cpu.get_cpu_capability(), *found])
+    capability = torch.backends.cpu.get_cpu_capability()  # less than the CPU's, if ATEN_CPU_CAPABILITY says so
+    found = [name for name, test in extras.items() if capability == "AVX512" and getattr(torch.cpu, test, bool)()]
+    return " ".join([capability, *found])
 
 
 def seconds(function: Callable[[], object], repeat: int) -> list[float]:

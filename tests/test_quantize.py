@@ -1,11 +1,13 @@
 """Linear layers for CPUs multiply by their weights, rounded or not, and load in little memory."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,18 @@ from extras.quantize import SCHEMES, CompactLinear, FloatLinear, HalfLinear, com
 from llava import KVCache, LlavaForConditionalGeneration
 
 LAYOUTS = [(8, 32), (4, 32), (4, 64)]  # bits and group
+ROOT = Path(__file__).parents[1]
+ERRORS = """
+import torch
+from extras.limits import cpu_kind
+from test_quantize import LAYOUTS, make_layer
+torch.set_grad_enabled(False)
+for layout in LAYOUTS:
+    ours, exact = make_layer(513, 130, True, *layout)
+    for rows in (1, 700):
+        x = torch.randn(rows, 513, generator=torch.Generator().manual_seed(0))
+        print(cpu_kind(), ((ours(x) - exact(x)).norm() / exact(x).norm()).item())
+"""
 
 
 def make_layer(width_in: int, width_out: int, bias: bool = True, bits: int = 8, group: int = 32):
@@ -48,6 +62,21 @@ def test_a_compact_layer_multiplies_by_its_rounded_weights(widths, layout, rows,
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     limit = max(rounding, 2e-2 if runtime else 0)
     check(f"compact layer, {'8-bit activations' if runtime else dtype}", y.float(), exact(x.float()), limit=limit)
+
+
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512"
+    or not (matmul.is_installed() and shutil.which("gcc") and shutil.which("objdump")),
+    reason="needs a CPU with AVX-512, ONNX Runtime, gcc and objdump",
+)
+def test_the_kernels_for_avx2_alone_multiply_by_the_rounded_weights():
+    command = [sys.executable, ROOT / "tests/avx2.py", sys.executable, "-c", ERRORS]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    print(ran.stdout)
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    assert [kind for kind, _ in lines] == 2 * len(LAYOUTS) * ["AVX2"]
+    assert all(float(error) < 2e-2 for _, error in lines)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
