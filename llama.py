@@ -93,6 +93,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """What SDPA computes, softmax(q k^T / sqrt(Dh)) v, for few queries: (B, Hkv, G, Dh) -> (B, Hkv, G, Dh).
+
+    `k` and `v` are (B, Hkv, S, Dh). On a CPU, SDPA's kernel is made for many queries. Two products are up to 1.6 times
+    as fast, if the keys are the first factor: then each key is read once, from end to end.
+    """
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (k @ (q * q.shape[-1] ** -0.5).transpose(-1, -2)).transpose(-1, -2)  # (B, Hkv, G, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(dim=-1) @ v
+
+
 class KVCache:
     """The keys and values of all tokens so far: the state of a conversation, passed to the model and updated by it.
 
@@ -175,7 +189,7 @@ class LlamaAttention(nn.Module):
             # A single token sees every key, so the G heads of a group can be G queries of one head: the same result
             # without the copy of keys and values that `enable_gqa` makes.
             groups = q.view(len(q), self.num_key_value_heads, -1, self.head_dim)  # (B, Hkv, G, Dh)
-            x = F.scaled_dot_product_attention(groups, k, v, attn_mask=mask).reshape(q.shape)
+            x = attend_once(groups, k, v, mask).reshape(q.shape)
         return self.o_proj(x.transpose(1, 2).flatten(2))
 
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from llama import attend_once
 
 VARIANTS = {
     "multi-head attention": {},
@@ -66,3 +69,13 @@ def test_bfloat16_rounds_where_transformers_rounds(make_pair, prompt, check):
     ours, theirs, inputs = ours.bfloat16(), theirs.bfloat16(), prompt(images=0, length=200)
     theirs.model.language_model.rotary_emb.inv_freq = ours.language_model.model.frequencies  # unrounded
     check("decoder logits in bfloat16", ours(**inputs).logits, theirs(**inputs).logits, limit=1e-2)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_single_token_attends_as_in_sdpa(masked, groups, check):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, length, 16, generator=generator) for length in (groups, 50, 50))
+    mask = (torch.arange(50) >= torch.tensor([0, 7])[:, None])[:, None, None] if masked else None  # padding on the left
+    ours, theirs = attend_once(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    check("attention of a single token", ours, theirs, limit=1e-6)
