@@ -71,7 +71,7 @@ def test_a_compact_layer_multiplies_by_its_rounded_weights(widths, layout, rows,
 )
 def test_the_kernels_for_avx2_alone_multiply_by_the_rounded_weights():
     command = [sys.executable, ROOT / "tests/avx2.py", sys.executable, "-c", ERRORS]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("tests", "tiny"))}
     ran = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     print(ran.stdout)
     lines = [line.split() for line in ran.stdout.splitlines()]
