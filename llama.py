@@ -96,8 +96,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """What SDPA computes, softmax(q k^T / sqrt(Dh)) v, for few queries: (B, Hkv, G, Dh) -> (B, Hkv, G, Dh).
 
-    `k` and `v` are (B, Hkv, S, Dh). On a CPU, SDPA's kernel is made for many queries. Two products are up to 1.6 times
-    as fast, if the keys are the first factor: then each key is read once, from end to end.
+    `k` and `v` are (B, Hkv, S, Dh), `mask` as in `causal_mask`. On a CPU, SDPA's kernel is made for many queries. Two
+    products are up to 1.6 times as fast, if the keys are the first factor: then each key is read once, from end to end.
     """
     if q.device.type != "cpu" or q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
