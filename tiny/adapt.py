@@ -2,10 +2,13 @@
 
     python tiny/adapt.py --folder NEW
 
-1. Arrows, moons and brown things join the small world. Pictures with conversations about them are drawn, some of them
-   of the old world only, so that the model does not forget it.
-2. `train.py --lora 8` trains the adapter NEW/adapter: a LoRA in the tower, the decoder and the head, because the new
-   words consist of pieces that the model has never said. The built-in model itself stays as it is.
+1. The small world gains two shapes and a colour: wugs look like arrows, toves like moons, and zeb things are brown. The
+   decoder has seen these made-up words in its pretraining (world.py), but no drawn picture has ever shown one. So the
+   model knows the words and has to learn what they look like, as a large language model would, which knows far more
+   words than its vision tower has seen things. Pictures with conversations are drawn, some of them of the old world
+   only, so that the model does not forget it.
+2. `train.py --lora 8` trains the adapter NEW/adapter: a LoRA in the tower, the decoder and the head, because training
+   on pictures has only made the new words less likely. The built-in model itself stays as it is.
 3. Both are asked about unseen scenes with new things, and the questions of make_data.py about the old world. It is one
    model, whose adapter is switched off and on. Answers are short and scored by exact match.
 """
@@ -25,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import make_data
 import talk
 import world
+from ask_thing import OTHER_COLOURS
 from tqdm import tqdm
 from wordings import NOUNS
 
@@ -38,12 +42,15 @@ from extras.terminal import command_line
 from llava import LlavaForConditionalGeneration, LlavaProcessor
 
 BASE = ROOT / "tiny" / "model"
-SHAPES, COLOUR, TINTS = ["arrow", "moon"], "brown", [(120, 72, 30), (139, 69, 19), (101, 67, 33), (150, 90, 50)]
+SHAPES, COLOUR, TINTS = ["wug", "tove"], "zeb", [(120, 72, 30), (139, 69, 19), (101, 67, 33), (150, 90, 50)]
 NEW_WORDS = [*SHAPES, COLOUR]
+LOOKS_LIKE = ["arrow", "moon", "crescent", "brown"]  # so nobody asks for these as things that are not in the picture
 NEW_PAIRS = [(colour, shape) for colour in world.COLOURS for shape in SHAPES]
 NEW_PAIRS += [(COLOUR, shape) for shape in [*world.SHAPES, *SHAPES]]
-OLD_SHARE = 0.2  # of the pictures that show nothing new
-CONVERSATIONS, TURNS = 6, 6  # about each picture, and questions in each conversation
+OLD_SHARE = 0.2  # of the training pictures, which show nothing new
+NUMBERS = [2, 3, 3]  # of things in the others: more things, more to learn from each
+NEW_WEIGHT = 4  # beyond the first, things are drawn from the known pairs once and from the new pairs 4 times
+CONVERSATIONS, TURNS = 18, 6  # about each picture, and questions in each conversation
 ASKED = [family for family in talk.FAMILIES if family not in ("facts", "follow-up")]
 BATCH = 64  # questions answered at once
 
@@ -52,9 +59,9 @@ old_outline = world.outline
 
 def outline(shape: str, x: float, y: float, radius: float, rng: random.Random) -> list[tuple[float, float]]:
     """The corners of a new shape, or of one that world.py knows."""
-    if shape == "arrow":
+    if shape == "wug":
         corners = [(-1, -0.3), (0.1, -0.3), (0.1, -0.8), (1, 0), (0.1, 0.8), (0.1, 0.3), (-1, 0.3)]
-    elif shape == "moon":  # a disc without a smaller one to its right; the edges cross at 51 or 77 degrees
+    elif shape == "tove":  # a disc without a smaller one to its right; the edges cross at 51 or 77 degrees
         degrees = [51 + 258 * i / 24 for i in range(25)]
         corners = [(math.cos(math.radians(a)), math.sin(math.radians(a))) for a in degrees]
         degrees = [283 - 206 * i / 24 for i in range(25)]
@@ -69,13 +76,17 @@ def extend_world() -> None:
     world.outline = outline
     world.SHAPES += SHAPES
     world.COLOURS[COLOUR], world.TINTS[COLOUR] = TINTS[0], TINTS
+    OTHER_COLOURS[:] = [colour for colour in OTHER_COLOURS if colour not in LOOKS_LIKE]
     for kind, nouns in NOUNS.items():  # what is not of the world
-        NOUNS[kind] = [noun for noun in nouns if not any(word in noun for word in NEW_WORDS)]
+        NOUNS[kind] = [noun for noun in nouns if not any(word in noun for word in LOOKS_LIKE)]
 
 
-def make_scene(rng: random.Random, new: bool = True) -> world.Scene:
-    """A scene with at least one new thing, or with none."""
-    return world.make_scene(rng, must=[rng.choice(NEW_PAIRS)] if new else [], known=world.KNOWN + new * NEW_PAIRS)
+def make_scene(rng: random.Random, number: int = 0, weight: int = 1) -> world.Scene:
+    """A scene of `number` things (0: one to three), at least one of them new.
+
+    The others are drawn from the known pairs once and from the new pairs `weight` times.
+    """
+    return world.make_scene(rng, number, must=[rng.choice(NEW_PAIRS)], known=world.KNOWN + weight * NEW_PAIRS)
 
 
 def make_training(folder: Path, pictures: int, seed: int) -> None:
@@ -83,7 +94,8 @@ def make_training(folder: Path, pictures: int, seed: int) -> None:
     entries = []
     for i in range(pictures):
         rng = random.Random(f"adapt/{seed}/{i}")
-        scene = make_scene(rng, rng.random() >= OLD_SHARE)
+        is_old = rng.random() < OLD_SHARE
+        scene = world.make_scene(rng) if is_old else make_scene(rng, rng.choice(NUMBERS), NEW_WEIGHT)
         world.draw(scene, rng).save(folder / make_data.picture_name(i))
         for _ in range(CONVERSATIONS):
             turns = talk.converse(scene, rng, TURNS)
@@ -193,7 +205,7 @@ def main() -> None:
     )
     add("--old-scenes", type=int, default=100, help="scenes of the old world (default: %(default)s)")
     add("--rank", type=int, default=8, help="of the LoRA (default: %(default)s)")
-    add("--epochs", type=int, default=6, help="passes over the data (default: %(default)s)")
+    add("--epochs", type=int, default=2, help="passes over the data (default: %(default)s)")
     add("--learning-rate", type=float, default=4e-3, help="of the LoRA (default: %(default)s)")
     add("--projector-learning-rate", type=float, default=5e-4, help="of the projector (default: %(default)s)")
     add("--seed", type=int, default=0, help="of pictures and training (default: %(default)s)")
