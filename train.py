@@ -49,7 +49,15 @@ from extras.adapters import CONFIG_FILE, save_adapter
 from extras.data import collate, micro_batches, plan_epoch, prefetch, read_data
 from extras.files import read_json, write_atomically, write_json
 from extras.lora_training import DEFAULTS as LORA_OPTIONS
-from extras.lora_training import add_lora, add_options, check_options, load_frozen, parameter_groups, sum_gradients
+from extras.lora_training import (
+    add_lora,
+    add_options,
+    allocate_state,
+    check_options,
+    load_frozen,
+    parameter_groups,
+    sum_gradients,
+)
 from extras.machine import peak_memory, pick_device
 from llava import LlavaForConditionalGeneration
 from processor import Inputs, LlavaProcessor
@@ -109,12 +117,18 @@ def answer_loss(model: nn.Module, inputs: Inputs) -> Tensor:
 
 
 def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, pieces: Iterable[Inputs], answers: int, clip: float
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pieces: Iterable[Inputs],
+    answers: int,
+    clip: float,
+    keep_gradients: bool = False,
 ) -> tuple[float, float]:
     """One optimiser step on one batch; returns the loss, and its gradient norm before clipping.
 
     `pieces` are this process's micro-batches. The loss is the mean over all `answers` tokens that are learned in the
-    batch, across all pieces and processes, so it does not depend on how the batch is divided.
+    batch, across all pieces and processes, so it does not depend on how the batch is divided. With `keep_gradients`,
+    their memory is kept for the next step.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     device, sharded = next(model.parameters()).device, isinstance(model, FSDPModule)
@@ -131,7 +145,7 @@ def train_step(
             sum_gradients(model)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), clip))
     optimizer.step()
-    optimizer.zero_grad()
+    optimizer.zero_grad(set_to_none=not keep_gradients)
     return total.item(), norm.item()
 
 
@@ -306,6 +320,8 @@ def run(args: argparse.Namespace) -> None:
     if world > 1 and adapter is None:
         shard(model, device)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), weight_decay=args.weight_decay)
+    if adapter is not None:
+        allocate_state(optimizer)
     history = load_state(state_file, model, optimizer, settings) if state_file.exists() else []
     plan = [batch for epoch in range(args.epochs) for batch in plan_epoch(samples, args.batch, f"{args.seed}/{epoch}")]
     shares = [micro_batches(batch, args.micro_batch, rank, world) for batch in plan[len(history) :]]
@@ -329,7 +345,8 @@ def run(args: argparse.Namespace) -> None:
                 group["lr"] = rate(step, group["peak"])
             torch.manual_seed((args.seed * len(plan) + step) * world + rank)  # for dropout, also after a resume
             answers = sum(int(sample.is_answer.sum()) for sample in plan[step])
-            history.append(train_step(model, optimizer, itertools.islice(inputs, len(share)), answers, args.clip))
+            pieces = itertools.islice(inputs, len(share))
+            history.append(train_step(model, optimizer, pieces, answers, args.clip, adapter is not None))
             if not all(map(math.isfinite, history[-1])):
                 raise ValueError(f"the loss or its gradient is not finite at step {step + 1}: lower --learning-rate")
             table.write(line(step))

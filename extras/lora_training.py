@@ -119,6 +119,19 @@ def parameter_groups(model: nn.Module, args: argparse.Namespace) -> list[dict]:
     return [{"params": parameters, "peak": peaks[where]} for where, parameters in groups.items() if parameters]
 
 
+def allocate_state(optimizer: torch.optim.AdamW) -> None:
+    """Allocates the gradients and AdamW's averages before the first step.
+
+    Allocated later, they would lie between activations and fragment the memory. The gradients have to be kept from step
+    to step. A parameter that a batch does not use, such as the projector's in a batch without images, has a gradient of
+    zero then, so that its average still moves it.
+    """
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        parameter.grad = torch.zeros_like(parameter)
+        averages = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(0.0), **averages}
+
+
 def sum_gradients(model: nn.Module) -> None:
     """Replaces each gradient by its sum over all processes, which have gradients for the same parameters."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

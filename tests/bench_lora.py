@@ -37,6 +37,7 @@ from extras.lora_training import (
     PROJECTOR,
     TARGETS,
     add_lora,
+    allocate_state,
     load_frozen,
     parameter_groups,
 )
@@ -88,7 +89,13 @@ def ours(folder: str, options: dict, checkpointing: bool, rank: int) -> Step:
     if checkpointing:
         train.checkpoint_layers(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, args), lr=1e-6)
-    return lambda inputs: train.train_step(model, optimizer, [inputs], int(inputs.is_answer.sum()), 1.0)[0]
+    if args.lora:
+        allocate_state(optimizer)
+
+    def step(inputs: Inputs) -> float:
+        return train.train_step(model, optimizer, [inputs], int(inputs.is_answer.sum()), 1.0, bool(args.lora))[0]
+
+    return step
 
 
 def peft_step(folder: str, checkpointing: bool, rank: int) -> Step:

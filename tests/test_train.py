@@ -335,10 +335,10 @@ def test_the_options_reach_every_step(bench, monkeypatch):
     steps, systems, checkpointed = [], [], []
     train_step, read_data = train.train_step, train.read_data
 
-    def watched_step(model, optimizer, pieces, answers, clip):
+    def watched_step(model, optimizer, pieces, answers, clip, *rest):
         group = optimizer.param_groups[0]
         steps.append((group["lr"], group["weight_decay"], clip))
-        return train_step(model, optimizer, pieces, answers, clip)
+        return train_step(model, optimizer, pieces, answers, clip, *rest)
 
     def watched_read(file, stage, processor, images, system, *rest):
         systems.append(system)
