@@ -222,7 +222,8 @@ def batch_speed(model: LlavaForConditionalGeneration, size: int, tokens: int) ->
 
 
 def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]:
-    """A contender's figures if all its work were done at the machine's limits for its dtype of weights.
+    """A contender's figures if all its work were done at the machine's limits for its dtype of weights; the
+    vision tower of a quantised model, at those for bfloat16.
 
     The work of a prompt is its FLOPs: a multiplication and an addition count as two, and attention as if every token
     attended to all others. Beyond queries, keys and values, llava's last layer computes only the last token; llama.cpp
@@ -237,7 +238,8 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
         keep = 1 if name.startswith("llava") else 0
         hidden = model.language_model.model(torch.empty(1, PROMPT, text.hidden_size), keep=keep)
         model.language_model.lm_head(hidden[:, -1])
-    flops, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
+    rate, token = limits[f"{quantize or dtype}: {GFLOP_S}"] * 1e9, 0.0
+    image_rate = limits[f"{'bfloat16' if quantize else dtype}: {GFLOP_S}"] * 1e9  # in floats outside the decoder
     for layer_name, layer in meta_model(shape, dtype, None if is_peer else quantize).language_model.named_modules():
         if isinstance(layer, CompactLinear):
             token += layer.in_features * layer.out_features * layer.bits / 8 / limits[f"int{layer.bits}: {GB_S}"] / 1e9
@@ -246,9 +248,9 @@ def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]
             kind = str(theirs if is_peer else layer.weight.dtype).removeprefix("torch.")
             size = layer.weight.numel() * (BLOCK_BYTES[kind] if is_peer else layer.weight.itemsize)
             token += size / limits[f"{kind}: {GB_S}"] / 1e9
-    image_flops, text_flops = image_work.get_total_flops(), text_work.get_total_flops()
+    image_seconds, text_flops = image_work.get_total_flops() / image_rate, text_work.get_total_flops()
     text_flops -= is_peer * 2 * (PROMPT - 1) * 3 * text.hidden_size * text.intermediate_size
-    return {VISION: image_flops / flops, FIRST: (image_flops + text_flops) / flops, SPEED: 1 / token}
+    return {VISION: image_seconds, FIRST: image_seconds + text_flops / rate, SPEED: 1 / token}
 
 
 def plan() -> dict[str, dict[str, str]]:

@@ -155,8 +155,9 @@ class LlavaForConditionalGeneration(nn.Module):
         keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         decoder, states = self.language_model.model, None
         gradients = torch.is_grad_enabled() and cache is None
-        with torch.set_grad_enabled(gradients), single_thread(self.config.quantize is not None and not gradients):
+        with torch.set_grad_enabled(gradients):
             embeddings = self.embed(input_ids, pixel_values)  # (B, T, D)
+        with torch.set_grad_enabled(gradients), single_thread(self.config.quantize is not None and not gradients):
             if output_hidden_states:
                 hidden, states = with_hidden_states(decoder, embeddings, cache, padding)
                 hidden = hidden[:, -keep:]

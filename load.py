@@ -143,6 +143,7 @@ def load_weights(model: nn.Module, folder: Path, device: torch.device) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """The bytes of all parameters and buffers; a tied parameter counts once. Compact weights count as packed."""
-    packed = [2 * module.scale.nbytes for module in model.modules() if isinstance(module, CompactLinear)]
+    """The bytes of parameters and buffers; a tied one counts once. What ONNX Runtime multiplies counts as packed."""
+    compact = [module for module in model.modules() if isinstance(module, CompactLinear)]
+    packed = [2 * module.scale.nbytes for module in compact if module.uses_runtime]
     return sum(packed) + sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from config import LlavaConfig
 from extras.machine import keep_freed_memory
-from extras.matmul import is_installed
 from extras.quantize import CompactLinear, refuse_nan
 from load import assign, load_weights, read_tensor, stored_tensors
 from processor import LlavaProcessor
@@ -96,15 +95,15 @@ def calibrate(
     inputs: dict[str, Tensor],
 ) -> None:
     """A forward pass in which each layer is loaded, by `load`, when its inputs arrive."""
-    hooks = []
+    hooks, runtime = [], [layer.uses_runtime for layer in layers.values()]
     for name, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: load(name, args[0])))
         layer.uses_runtime = False  # it would pack a copy of every layer
     with torch.no_grad():
         model(**inputs)
-    for hook, layer in zip(hooks, layers.values(), strict=True):
+    for hook, layer, used in zip(hooks, layers.values(), runtime, strict=True):
         hook.remove()
-        layer.uses_runtime = is_installed()
+        layer.uses_runtime = used
 
 
 def calibration_inputs(config: LlavaConfig, folder: Path) -> dict[str, Tensor]:

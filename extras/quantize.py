@@ -70,8 +70,10 @@ class CompactLinear(nn.Module):
     The zeros are additional columns of the matrix: a zero is multiplied by the sum of its group's inputs, so those sums
     are additional inputs. Each zero is the sum of two codes of 4 bits, a coarse and a fine one, in two columns.
 
-    On a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Without it, and on other devices, the
-    weights are dequantised block by block on every call: slow, but with the same result up to that rounding.
+    In the decoder, on a CPU, ONNX Runtime multiplies by them, with activations rounded to 8 bits. Elsewhere, and
+    without it, the weights are dequantised block by block on every call, and multiplied in the dtype of x; on a CPU, in
+    bfloat16 if that is fast and no gradient is needed, else in float32. This is slow for one row, but fast for
+    hundreds, and needs no packed copy.
 
     Args:
         in_features, out_features, bias: as of `nn.Linear`.
@@ -113,7 +115,7 @@ class CompactLinear(nn.Module):
         for codes, scale in zip(self.weight.split(rows), self.scale.split(rows), strict=True):
             if self.bits == 4:
                 codes = torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)
-            values = (codes.float() - 2 ** (self.bits - 1)) * scale[..., None].float()
+            values = codes.float().sub_(2 ** (self.bits - 1)).mul_(scale[..., None])
             if self.bits == 4:
                 values, zeros = values[:, : self.groups], values[:, self.groups :].unflatten(1, (2, -1)).sum(1)
                 values = values + zeros.flatten(1)[:, : self.groups, None]
@@ -132,7 +134,9 @@ class CompactLinear(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """(..., in) -> (M, out), without the bias. The first of the layers with the same input multiplies for all."""
         if not self.uses_runtime or x.device.type != "cpu" or x.requires_grad:  # ONNX Runtime has no gradients
-            dtype, rows = torch.float32 if x.device.type == "cpu" else x.dtype, x.reshape(-1, self.in_features)
+            dtype, rows = x.dtype, x.reshape(-1, self.in_features)
+            if x.device.type == "cpu":
+                dtype = torch.bfloat16 if computes_in(torch.bfloat16) and not x.requires_grad else torch.float32
             return torch.cat([F.linear(rows.to(dtype), block.to(dtype)) for block in self.blocks()], dim=-1)
         if self.shared.multiply is None:
             if self not in self.shared.members():
@@ -282,8 +286,9 @@ def compact_linears(
                 continue
             layout = bits_and_group(f"{path}.{name}", quantize, tied)
             if layout:
-                bias = child.bias is not None
-                setattr(module, name, CompactLinear(child.in_features, child.out_features, bias, *layout))
+                compact = CompactLinear(child.in_features, child.out_features, child.bias is not None, *layout)
+                compact.uses_runtime &= path.startswith("language_model")  # the others always multiply hundreds of rows
+                setattr(module, name, compact)
             elif on_cpu and child.weight.dtype in (torch.float16, torch.bfloat16):
                 child.__class__ = HalfLinear  # keeps the parameters, so that a tied head stays tied
             elif on_cpu and child.weight.dtype == torch.float32 and child.weight.numel() >= 2**20:
@@ -319,7 +324,7 @@ def refuse_nan(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def single_thread(model_is_compact: bool) -> Iterator[None]:
-    """Lets PyTorch compute with one thread, because ONNX Runtime does the products of a compact model with all of its.
+    """Limits PyTorch to one thread while ONNX Runtime computes the products of a compact decoder with all cores.
 
     After each operation, the threads of both wait at full speed for the next one, on the cores that the other needs:
     with two threads each, a prompt took 1.4 times as long, and a token 1.2 times.
@@ -337,4 +342,5 @@ def single_thread(model_is_compact: bool) -> Iterator[None]:
 
 def computes_in(dtype: torch.dtype) -> bool:
     """Whether this CPU has fast matrix products in this 16-bit dtype: known only of bfloat16, with AVX-512 BF16."""
-    return dtype == torch.bfloat16 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # or False
+    uses_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"  # False as well if ATEN_CPU_CAPABILITY lowers it
+    return dtype == torch.bfloat16 and uses_avx512 and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()

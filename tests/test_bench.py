@@ -135,7 +135,7 @@ def test_weights_that_do_not_fit_on_the_disk_end_in_a_sentence(call, monkeypatch
 
 def test_13b_has_only_the_plan(call):
     printed = call("--shape", "13b")
-    sizes = "53.41 + 1.64 | 26.70 + 0.82 | 18.90 + 1.64 | 10.99 + 1.64"
+    sizes = "53.41 + 1.64 | 26.70 + 0.82 | 18.81 + 1.64 | 10.91 + 1.64"
     assert f"| 13b: weights + cache of 1000 tokens | {sizes} |" in printed.out
     assert bench.TABLES["speed"] not in printed.out and "writing" not in printed.err
 

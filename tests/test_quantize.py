@@ -51,18 +51,19 @@ def make_layer(width_in: int, width_out: int, bias: bool = True, bits: int = 8, 
 @pytest.mark.parametrize("rows", [(1,), (1, 1), (2, 3), (700,)], ids=str)
 @pytest.mark.parametrize("widths", [(64, 64), (37, 5), (1, 1), (1, 7), (513, 130), (40, 1100)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("runtime", [True, False])
+@pytest.mark.parametrize("kernel", ["ONNX Runtime", "float32", "bfloat16"])
 @torch.no_grad()
-def test_a_compact_layer_multiplies_by_its_rounded_weights(widths, layout, rows, dtype, runtime, check):
-    """With ONNX Runtime, which rounds activations to 8 bits in groups, and without."""
+def test_a_compact_layer_multiplies_by_its_rounded_weights(widths, layout, rows, dtype, kernel, check, monkeypatch):
+    """With ONNX Runtime, which rounds activations to 8 bits in groups, and dequantised, in the CPU's fastest dtype."""
     ours, exact = make_layer(*widths, True, *layout)
-    ours.uses_runtime &= runtime
+    ours.uses_runtime &= kernel == "ONNX Runtime"
+    monkeypatch.setattr(quantize, "computes_in", lambda dtype: kernel == "bfloat16")
     x = torch.randn(*rows, widths[0], generator=torch.Generator().manual_seed(0)).to(dtype)
     y = ours(x)
     assert y.dtype == dtype and y.shape == (*rows, widths[1])
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
-    limit = max(rounding, 2e-2 if runtime else 0)
-    check(f"compact layer, {'8-bit activations' if runtime else dtype}", y.float(), exact(x.float()), limit=limit)
+    limit = max(rounding, {"ONNX Runtime": 2e-2, "float32": 0, "bfloat16": 2e-2}[kernel])
+    check(f"compact layer, {kernel}, {dtype}", y.float(), exact(x.float()), limit=limit)
 
 
 @pytest.mark.skipif(
@@ -115,6 +116,17 @@ def test_layers_with_the_same_input_are_multiplied_together(quantize, checkpoint
     alone = [layer(x.clone()) for layer in layers]
     assert len(calls) == 4
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
+
+
+@pytest.mark.skipif(not matmul.is_installed(), reason="needs ONNX Runtime")
+@pytest.mark.parametrize("quantize", SCHEMES)
+def test_only_the_decoder_is_packed_for_onnx_runtime(quantize, checkpoint, prompt):
+    """The vision tower and the projector always multiply many rows."""
+    model = LlavaForConditionalGeneration.from_pretrained(checkpoint, quantize=quantize)
+    model.generate(**prompt(), max_new_tokens=1)
+    packed = {name for name, m in model.named_modules() if isinstance(m, CompactLinear) and m.shared.multiply}
+    compact = {name for name, m in model.named_modules() if isinstance(m, CompactLinear)}
+    assert packed == {name for name in compact if name.startswith("language_model.")} != compact
 
 
 def test_a_quantised_model_is_freed_as_soon_as_it_is_dropped(checkpoint, prompt):
