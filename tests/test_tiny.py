@@ -485,3 +485,15 @@ def test_logits_match_transformers(built_in, check):
 
 def test_model_files_are_small():
     assert sum(file.stat().st_size for file in MODEL.iterdir()) < 10e6
+
+
+def test_the_lora_example_draws_trains_and_scores(tmp_path):
+    command = [sys.executable, ROOT / "tiny/adapt.py", "--folder", tmp_path, "--pictures", "4", "--scenes", "6"]
+    command += ["--old-scenes", "1", "--epochs", "1"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    texts = (tmp_path / "train.json").read_text()
+    assert "wug" in texts and "tove" in texts and "zeb" in texts
+    assert "brown" not in texts and "arrow" not in texts  # what new things look like is not asked about as missing
+    assert re.search(r"^\| new \| 6 \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
+    assert re.search(r"^\| old \| \d+ \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
