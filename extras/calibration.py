@@ -8,6 +8,7 @@ at a time, and no quantised one: they are mapped from a temporary file, which di
 docs/quantization.md has the figures.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from config import LlavaConfig
@@ -89,13 +90,14 @@ def load_or_quantize(model: Any, plain: Any, folder: Path, device: torch.device)
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,  # noqa: ANN401
     layers: dict[str, CompactLinear],
     load: Callable[[str, Tensor], None],
     inputs: dict[str, Tensor],
 ) -> None:
     """A forward pass in which each layer is loaded, by `load`, when its inputs arrive."""
-    hooks, runtime = [], [layer.uses_runtime for layer in layers.values()]
+    hooks, runtime, config = [], [layer.uses_runtime for layer in layers.values()], model.config
+    model.config = dataclasses.replace(config, quantize=None)  # so that PyTorch, which multiplies, uses all threads
     for name, layer in layers.items():
         hooks.append(layer.register_forward_pre_hook(lambda _, args, name=name: load(name, args[0])))
         layer.uses_runtime = False  # it would pack a copy of every layer
@@ -104,6 +106,7 @@ def calibrate(
     for hook, layer, used in zip(hooks, layers.values(), runtime, strict=True):
         hook.remove()
         layer.uses_runtime = used
+    model.config = config
 
 
 def calibration_inputs(config: LlavaConfig, folder: Path) -> dict[str, Tensor]:
