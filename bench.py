@@ -222,9 +222,9 @@ def batch_speed(model: LlavaForConditionalGeneration, size: int, tokens: int) ->
 
 
 def at_best(name: str, shape: str, limits: dict[str, float]) -> dict[str, float]:
-    """A contender's figures if all its work were done at the machine's limits for its dtype of weights; the
-    vision tower of a quantised model, at those for bfloat16.
+    """A contender's figures if all its work were done at the machine's limits for its dtype of weights.
 
+    The vision tower of a quantised model is computed in bfloat16 or float32, so its limits are those for bfloat16.
     The work of a prompt is its FLOPs: a multiplication and an addition count as two, and attention as if every token
     attended to all others. Beyond queries, keys and values, llava's last layer computes only the last token; llama.cpp
     does so in its last MLP. The work of each later token is to read the decoder's matrices and the head once.

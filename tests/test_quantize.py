@@ -62,6 +62,7 @@ def test_a_compact_layer_multiplies_by_its_rounded_weights(widths, layout, rows,
     y = ours(x)
     assert y.dtype == dtype and y.shape == (*rows, widths[1])
     rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    # In the narrowest layers, product and bias may cancel, which leaves a larger share of what was rounded
     limit = max(rounding, {"ONNX Runtime": 2e-2, "float32": 0, "bfloat16": 2e-2}[kernel])
     check(f"compact layer, {kernel}, {dtype}", y.float(), exact(x.float()), limit=limit)
 
