@@ -169,6 +169,28 @@ def test_projector_and_lora_have_their_own_learning_rates(bench, monkeypatch):
     assert seen[0][1][1] == 32 * 64 + 64 + 64 * 64 + 64  # the projector
 
 
+def test_gradients_and_averages_stay_where_they_were_allocated(bench, monkeypatch):
+    """Allocated anew between activations, they would fragment the memory."""
+    seen, real = [], train.train_step
+
+    def watched(model, optimizer, *rest):
+        seen.append(addresses(optimizer))
+        result = real(model, optimizer, *rest)
+        seen.append(addresses(optimizer))
+        return result
+
+    def addresses(optimizer):
+        return [
+            tensor.data_ptr()
+            for parameter, state in optimizer.state.items()
+            for tensor in (parameter.grad, state["exp_avg"], state["exp_avg_sq"])
+        ]
+
+    monkeypatch.setattr(train, "train_step", watched)
+    bench.train("memory", MIXED, "--lora", 4, "--batch", 4)
+    assert len(seen) > 2 and seen[0] and all(one == seen[0] for one in seen)
+
+
 def test_gradient_checkpointing_does_not_change_the_losses(bench, uninterrupted):
     """The recomputed layers drop the same inputs."""
     folder = bench.train("recomputed", MIXED, *LONG, "--gradient-checkpointing")
