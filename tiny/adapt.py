@@ -208,7 +208,7 @@ def main() -> None:
     add("--epochs", type=int, default=2, help="passes over the data (default: %(default)s)")
     add("--learning-rate", type=float, default=4e-3, help="of the LoRA (default: %(default)s)")
     add("--projector-learning-rate", type=float, default=5e-4, help="of the projector (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of pictures and training (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of pictures, questions and training (default: %(default)s)")
     args = parser.parse_args()
     if min(args.pictures, args.scenes, args.old_scenes, args.epochs, args.rank) < 1:
         parser.error("all numbers must be 1 or more")
