@@ -3,6 +3,7 @@
 import collections
 import itertools
 import json
+import math
 import random
 import re
 import subprocess
@@ -10,9 +11,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import ask_exercise
 import ask_scene
 import ask_thing
 import make_data
+import naming
 import phrases
 import pretrain
 import pytest
@@ -22,11 +25,12 @@ import torch
 import wordings
 import world
 from PIL import Image
+from torch import nn
 from wordings import Voice
 
 import evaluate
 from extras.files import read_json
-from llava import LlavaForConditionalGeneration, LlavaProcessor
+from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaMultiModalProjector, LlavaProcessor
 from tokenizer import SHORT_ANSWER
 
 ROOT = Path(__file__).parents[1]
@@ -56,9 +60,8 @@ def test_same_seed_gives_same_data(training, tmp_path):
     make_data.make_training(tmp_path, scenes=20, seed=0)
     for picture in (tmp_path / "pictures").iterdir():
         assert picture.read_bytes() == (training / "pictures" / picture.name).read_bytes()
-    for name in ("captions", "conversations"):
-        first = json.loads((tmp_path / f"{name}.json").read_text())
-        assert first and first == json.loads((training / f"{name}.json").read_text())[: len(first)]
+    first = json.loads((tmp_path / "conversations.json").read_text())
+    assert first and first == json.loads((training / "conversations.json").read_text())[: len(first)]
 
 
 def test_different_seed_gives_different_data(training, tmp_path):
@@ -142,6 +145,54 @@ def test_the_other_half_of_a_held_out_combination_is_no_evidence_of_absence():
             counts[turn.short] += 1
     assert counts.total() > 300
     assert abs(counts["yes"] / counts.total() - 0.5) < 0.09
+
+
+ALONE = [
+    (world.SHAPES_ALONE, [*world.COLOURS, "some", "colour", "color"]),
+    (world.COLOURS_ALONE, [*world.SHAPES, "blob"]),
+]
+
+
+@pytest.mark.parametrize(("known", "words"), ALONE, ids=["shapes", "colours"])
+def test_what_has_no_name_is_neither_asked_about_nor_part_of_an_answer(known, words):
+    for i in range(200):
+        rng = random.Random(f"alone/{i}")
+        turns = talk.converse(world.make_scene(rng, known=known), rng, 7)
+        assert not [turn for turn in turns if any(word in text.lower() for word in words for text in turn)]
+
+
+@pytest.mark.parametrize(("known", "words"), ALONE, ids=["shapes", "colours"])
+def test_yes_and_no_are_equally_frequent_where_something_has_no_name(known, words):
+    counts = collections.Counter()
+    for i in range(800):
+        rng = random.Random(f"alone/{i}")
+        counts.update(turn.short for turn in talk.converse(world.make_scene(rng, known=known), rng, 7))
+    assert abs(counts["yes"] - counts["no"]) < 0.08 * counts["yes"]
+
+
+def test_some_training_scenes_have_things_without_a_colour_or_without_a_shape(training):
+    items = json.loads((training / "conversations.json").read_text())
+    said = [" ".join(message["value"] for message in item["conversations"]).lower() for item in items]
+    some_colour, some_shape = (
+        [any(word in text for word in words) for text in said] for words in (world.COLOURS, world.SHAPES)
+    )
+    assert not any(some_colour[i] for i in range(len(said)) if i % 20 in (5, 10, 15))
+    assert not any(some_shape[0::20])
+    assert sum(some_colour) > 0.7 * len(said) and sum(some_shape) > 0.8 * len(said)
+
+
+def test_the_exercise_in_counting_asks_for_what_is_alike():
+    """Otherwise two circles beside a star would be among thirty kinds of things to count."""
+    found = counted = 0
+    for i in range(300):
+        rng = random.Random(f"numbers/{i}")
+        scene = world.make_like(rng)
+        alike = {str(kind) for kind in ask_scene.shared_kinds(scene)}
+        words = ask_exercise.ask_numbers(scene, Voice(rng)).short.split(", ")
+        found += any(f"{kind.removesuffix(' object')} {count}" in words for kind in alike for count in ("two", "three"))
+        counted += 1
+    print(f"{found} of {counted}")
+    assert found > 0.6 * counted
 
 
 def test_made_up_words_join_the_world_temporarily():
@@ -348,18 +399,46 @@ def test_resumed_pretraining_gives_the_same_weights(tmp_path, monkeypatch):
         pretrain.train_tower(parts)
 
 
+def test_the_first_projector_says_what_the_naming_layer_names():
+    """Also in combinations that no picture of its training showed: it has seen none."""
+    torch.manual_seed(0)
+    sizes = [len(values) for values in naming.NAMES]
+    names = sum(sizes)
+    # A tower whose features are sums of the names' directions, and a naming layer with the best weights for them
+    directions = torch.linalg.qr(torch.cat([torch.ones(128, 1), torch.randn(128, names)], dim=1))[0][:, 1:].T
+    namer = nn.Sequential(nn.LayerNorm(128), nn.Linear(128, names))
+    gap = torch.tensor([math.log((1 - naming.SMOOTHING) * k / naming.SMOOTHING + 1) for k in sizes for _ in range(k)])
+    namer[1].weight.data, namer[1].bias.data = directions * gap[:, None] * (5 / 128) ** 0.5, torch.zeros(names)
+    scenes = [
+        [world.Thing(colour, shape, "small", 2), world.Thing("blue", "star", "large", 4)]
+        for colour, shape in [*world.HELD_OUT, *world.KNOWN]
+    ]
+    indices = torch.cat([naming.name_patches(scene) for scene in scenes])  # (N, 5)
+    said = torch.zeros(len(indices), names)
+    for column, start in enumerate(itertools.accumulate(sizes[:-1], initial=0)):
+        there = indices[:, column] >= 0
+        said[there, start + indices[there, column]] = 1.0
+    config = LlavaConfig(pretrain.VISION, pretrain.text_config(1000, 1), 3)
+    projector, embeddings = LlavaMultiModalProjector(config), torch.randn(names, 128)
+    naming.say_names(projector, namer, said @ directions, embeddings)
+    expected = said @ embeddings
+    error = (projector(said @ directions) - expected).norm(dim=1) / expected.norm(dim=1)
+    print(f"relative error: mean {error.mean():.1e}, largest {error.max():.1e}")
+    assert error.max() < 0.01
+
+
 def test_an_ideal_picture_says_in_every_patch_what_is_in_its_cell():
     scene = [world.Thing("red", "circle", "small", 2), world.Thing("blue", "star", "large", 4)]
-    weighted = pretrain.patch_words(scene, random.Random(0))
+    weighted = naming.patch_words(scene, random.Random(0))
     assert len(weighted) == 36
     # Words that are mixed in weigh less than a half
     patches = [[word for word, weight in words if weight > 0.5] for words in weighted]
     assert patches[:2] == 2 * [["nothing", "nothing", "nothing", "top", "left"]]
     assert patches[4] == patches[5] == patches[11] == ["red", "circle", "small", "top", "right"]
     assert patches[14] == patches[21] == ["blue", "star", "large", "middle", "centre"]
-    names = pretrain.name_patches(scene)
+    names = naming.name_patches(scene)
     for row, words in zip(names.tolist(), patches, strict=True):
-        said = [values[i] for values, i in zip(pretrain.NAMES, row, strict=True) if i >= 0]
+        said = [values[i] for values, i in zip(naming.NAMES, row, strict=True) if i >= 0]
         assert [word for word in said if word in words] == said
 
 

@@ -1,7 +1,7 @@
 """Training exercises: lists of facts and of numbers, the skills that other questions rely on. No user asks for them."""
 
 import world
-from ask_scene import PROPERTIES, plain_many
+from ask_scene import PROPERTIES, plain_many, shared_kinds
 from ask_thing import attribute
 from phrases import COUNTS, SIDE_PHRASES, SIDES, Kind, Turn, is_are, may_ask
 from wordings import Voice
@@ -39,8 +39,9 @@ def ask_numbers(scene: world.Scene, voice: Voice, number: int = 6) -> Turn:
     kinds += [Kind(size=size) for size in world.SIZES] + [Kind(thing.colour, size=thing.size) for thing in scene]
     kinds += [Kind(shape=thing.shape, size=thing.size) for thing in scene] + [Kind(side=side) for side in SIDES]
     kinds = [kind for kind in kinds if may_ask(kind, scene, rng)]
-    numbers = [sum(map(kind.fits, scene)) for kind in kinds]
-    for kind in rng.choices(kinds, [(1, 2, 4, 8)[number] for number in numbers], k=number):
+    alike = shared_kinds(scene)  # the hardest to count, and rare among all kinds
+    weights = [16 if kind in alike else (1, 2, 4, 8)[sum(map(kind.fits, scene))] for kind in kinds]
+    for kind in rng.choices(kinds, weights, k=number):
         if rng.random() < 0.25:
             family = rng.choice(PROPERTIES)
             found = len({getattr(thing, family) for thing in scene})

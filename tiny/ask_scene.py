@@ -72,7 +72,7 @@ def ask_count(scene: world.Scene, voice: Voice) -> Turn:
     places = rng.choice([[""], [""], [""], list(SIDES)])
     kinds = [Kind(colour=colour) for colour in world.COLOURS] + [Kind(shape=shape) for shape in world.SHAPES]
     if places == [""]:
-        kinds += [Kind(size=size) for size in world.SIZES] * 2
+        kinds = 3 * kinds + 2 * [Kind(size=size) for size in world.SIZES]
         kinds += [Kind(colour=c, size=s) for c in world.COLOURS for s in world.SIZES]
         kinds += [Kind(shape=shape, size=s) for shape in world.SHAPES for s in world.SIZES]
     else:

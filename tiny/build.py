@@ -1,4 +1,4 @@
-"""Builds the built-in model from scratch: data, pretraining, the two stages of train.py, scores.
+"""Builds the built-in model from scratch: data, pretraining, instruction tuning by train.py, scores.
 
     python tiny/build.py --folder BUILD        about two hours on two CPU cores
 
@@ -21,13 +21,12 @@ sys.path.insert(0, str(ROOT))
 from extras.terminal import command_line
 
 SEED = 0
-SCENES, TEST_SCENES = 32_000, 800
-TOWER_STEPS, DECODER_STEPS = 5000, 9000
+SCENES, TEST_SCENES = 9600, 800
+TOWER_STEPS, DECODER_STEPS = 5000, 17_000
 BESIDE = 3000  # decoder steps on one core while the other trains the tower
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),
     "decoder: conversations about ideal pictures": ("decoder.csv", "loss"),
-    "align: captions": ("aligned/loss.csv", "loss"),
     "instruct: conversations": ("trained/loss.csv", "loss"),
 }
 
@@ -49,8 +48,8 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
 
 def draw_curves(folder: Path) -> None:
     """Plots the losses of all training runs, each as a moving average over up to 20 rows of its CSV file."""
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
-    for axes, (title, (file, column)) in zip(figure.subplots(2, 2).flat, CURVES.items(), strict=True):
+    figure = Figure(figsize=(11, 3.2), layout="constrained")
+    for axes, (title, (file, column)) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
         with open(folder / file) as table:
             rows = list(csv.DictReader(table))
         steps, losses = ([float(row[name]) for row in rows] for name in ("step", column))
@@ -68,7 +67,7 @@ def main() -> None:
     parser.add_argument("--folder", required=True, type=Path, help="folder for all output, about 1 GB")
     args = parser.parse_args()
     folder, data, test = args.folder, args.folder / "data", args.folder / "test"
-    tiny, train = ROOT / "tiny", ROOT / "train.py"
+    tiny = ROOT / "tiny"
 
     def finished(name: str) -> bool:
         return (folder / name).exists()
@@ -84,16 +83,11 @@ def main() -> None:
     run(2, decoder)
     if not finished("base/preprocessor_config.json"):
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
-    stages = [  # stage, source, target, data, batch size, peak learning rate
-        ("align", "base", "aligned", "captions", 32, 2e-3),
-        ("instruct", "aligned", "trained", "conversations", 16, 1.5e-3),
-    ]
-    for stage, source, target, name, batch, rate in stages:
-        if not finished(f"{target}/loss.png"):
-            command = [train, "--stage", stage, "--model", folder / source, "--output", folder / target, "--seed", SEED]
-            command += ["--data", data / f"{name}.json", "--images", data, "--system", "", "--device", "cpu"]
-            command += ["--batch", batch, "--micro-batch", 8, "--learning-rate", rate, "--save-every", 250]
-            run(2, command)
+    if not finished("trained/loss.png"):
+        command = [ROOT / "train.py", "--stage", "instruct", "--model", folder / "base", "--output", folder / "trained"]
+        command += ["--data", data / "conversations.json", "--images", data, "--system", "", "--device", "cpu"]
+        command += ["--epochs", 1, "--batch", 16, "--micro-batch", 8, "--learning-rate", 5e-4, "--save-every", 250]
+        run(2, [*command, "--seed", SEED])
     if not finished("model/preprocessor_config.json"):
         run(2, [ROOT / "llava.py", "--model", folder / "trained", "--dtype", "float16", "--save", folder / "model"])
     if not finished("test/visitors later.jsonl"):  # the last file that make_data.py writes

@@ -1,13 +1,12 @@
 """Writes the small world to files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 32000
+    python tiny/make_data.py train --output FOLDER --scenes 9600
     python tiny/make_data.py test  --output FOLDER --scenes 800
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 
 "train" also writes, in LLaVA's format:
-FOLDER/captions.json             a caption for each of the first half of the scenes (stage align)
-FOLDER/conversations.json        three conversations about each scene (stage instruct)
+FOLDER/conversations.json        two conversations about each scene (stage instruct)
 
 "test" also writes, each with another file NAME-sentence.jsonl whose answers are sentences:
 FOLDER/FAMILY.jsonl              a question about each picture, with its answer in one word or phrase
@@ -35,13 +34,16 @@ import talk
 import world
 from ask_scene import ask_existence
 from ask_thing import ask_attribute, attribute, kind_of
-from phrases import ATTRIBUTES, COUNTS, Turn, caption
+from phrases import ATTRIBUTES, COUNTS, Turn
 from wordings import Voice
 
 from extras.files import read_json, write_atomically
 from tokenizer import SHORT_ANSWER
 
 TURNS = 7  # per conversation, approximately
+FAMILIES = [*talk.FAMILIES, "list", "relation", "choice", "follow-up"]  # these, twice as often as in pretraining
+# Of 20 training scenes, three have shapes of any colour, and one has colours without a shape
+ALONE = {0: world.COLOURS_ALONE, **dict.fromkeys([5, 10, 15], world.SHAPES_ALONE)}
 TESTS = Path(__file__).parents[1] / "tests"
 VISITORS = {"visitors": TESTS / "visitors.json", "visitors later": TESTS / "visitors_later.json"}
 
@@ -80,16 +82,17 @@ def draw(scene: world.Scene, rng: random.Random, target: Path, look: world.Look 
 
 
 def make_training(folder: Path, scenes: int, seed: int) -> None:
-    """Writes pictures, captions and conversations."""
-    files: dict[str, list[dict]] = {name: [] for name in ("captions", "conversations")}
+    """Writes pictures and conversations."""
+    conversations = []
     for i in range(scenes):
         rng = random.Random(f"train/{seed}/{i}")
-        scene = talk.make_scene(rng)
+        known = ALONE.get(i % 20)
+        scene = world.make_scene(rng, known=known) if known else talk.make_scene(rng)
         draw(scene, rng, folder / picture_name(i))
-        files["captions"] += [entry(i, [("", caption(scene))])] if i < scenes // 2 else []
-        files["conversations"] += [entry(i, conversation(talk.converse(scene, rng, TURNS), rng)) for _ in range(3)]
-    for name, entries in files.items():
-        write_atomically(folder / f"{name}.json", partial(Path.write_text, data=json.dumps(entries)))
+        for _ in range(2):
+            turns = talk.converse(scene, rng, TURNS, None if known else FAMILIES)
+            conversations.append(entry(i, conversation(turns, rng)))
+    write_atomically(folder / "conversations.json", partial(Path.write_text, data=json.dumps(conversations)))
 
 
 def guess(turn: Turn, scene: world.Scene, rng: random.Random) -> str:

@@ -37,7 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import talk
 import world
 from make_data import conversation
-from phrases import ATTRIBUTES, alt_text, notes
+from naming import NAMES, SIDE, SMOOTHING, name_patches, patch_words, say_names
+from phrases import ATTRIBUTES, alt_text, caption, notes
 
 from extras.files import write_atomically, write_json
 from extras.saving import copy_processor_files
@@ -47,13 +48,13 @@ from llava import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from tokenizer import IMAGE_TOKEN, SHORT_ANSWER, LlamaTokenizer
 from vision import CLIPVisionConfig, CLIPVisionModel, LlavaImageProcessor
 
-VISION = CLIPVisionConfig(128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=16)
+VISION = CLIPVisionConfig(
+    128, 512, num_hidden_layers=5, num_attention_heads=4, image_size=world.SIDE, patch_size=world.SIDE // SIDE
+)
 LAYERS = 5  # of the decoder
 LONGEST = 208  # tokens of a conversation in its pretraining
 # What the texts of the tower's pretraining consist of; its auxiliary models need no other words
 WORDS = ["<s>", "</s>", ",", "blob", *world.COLOURS, *world.SHAPES, *world.SIZES, *world.ROWS, *world.COLUMNS]
-# What each patch is to be named: a colour, a shape, a size, a row and a column
-NAMES = [list(world.COLOURS), ["nothing", "blob", *world.SHAPES], list(world.SIZES), world.ROWS, world.COLUMNS]
 SAVE_EVERY = 250  # steps
 KEPT = {"tower": "vision_tower.", "decoder": "language_model."}  # prefixes of the weights that join keeps
 PICTURES = LlavaImageProcessor(size=world.SIDE, crop_size=world.SIDE, do_pad=True)
@@ -214,13 +215,13 @@ class TowerTraining(nn.Module):
         # Naming: the patch features of LLaVA's layer, the last but one, must tell what is in the patch's cell
         scores = self.namer(before[:, 1:]).split([len(values) for values in NAMES], dim=-1)  # 5 x (N, P, values)
         losses = [
-            F.cross_entropy(score.flatten(0, 1), names[..., i].flatten(), ignore_index=-1, label_smoothing=0.1)
+            F.cross_entropy(score.flatten(0, 1), names[..., i].flatten(), ignore_index=-1, label_smoothing=SMOOTHING)
             for i, score in enumerate(scores)
         ]
         right = (scores[1].argmax(-1) == names[..., 1])[names[..., 2] >= 0].float().mean()
 
         # Contrast, as in CLIP: which caption belongs to which picture?
-        ends = torch.tensor([len(caption) - 1 for caption in captions])
+        ends = torch.tensor([len(text) - 1 for text in captions])
         text = self.reader(self.reader.embed_tokens(padded(captions)))[torch.arange(len(ends)), ends]  # (N, D), at </s>
         a = F.normalize(self.from_picture(self.vision_tower.post_layernorm(last[:, 0])), dim=-1)  # (N, 128)
         b = F.normalize(self.from_text(text), dim=-1)
@@ -231,25 +232,6 @@ class TowerTraining(nn.Module):
         naming = torch.stack(losses).sum()
         figures = {"naming": naming, "shapes": right, "contrast": contrast, "found": found}
         return naming + 0.25 * contrast, {name: figure.item() for name, figure in figures.items()}
-
-
-def cells() -> list[tuple[int, int]]:
-    """The row and the column of the grid's cell in which each patch has its centre."""
-    side = VISION.image_size // VISION.patch_size
-    places = [int((i + 0.5) * 3 / side) for i in range(side)]
-    return [(row, column) for row in places for column in places]
-
-
-def name_patches(scene: world.Scene) -> Tensor:
-    """For each patch, the indices in NAMES of what is in its cell, and of the cell (P, 5). -1: not to be learned."""
-    things = {(thing.row, thing.column): thing for thing in scene}
-
-    def name(cell: tuple[int, int]) -> list[int]:
-        words = things[cell][:3] if cell in things else ("", "nothing", "")
-        indices = [values.index(word) if word in values else -1 for values, word in zip(NAMES, words, strict=False)]
-        return [*indices, *cell]
-
-    return torch.tensor([name(cell) for cell in cells()])
 
 
 def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, list[list[int]]]:
@@ -266,7 +248,7 @@ def tower_batch(step: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, li
     scenes += [world.make_twin(scene, rng, known) for scene in scenes]
     pictures = PICTURES([world.draw(scene, rng, world.random_look(rng)) for scene in scenes])
     captions = [["<s>", *alt_text(scene).replace(" some", "").replace(",", " ,").split(), "</s>"] for scene in scenes]
-    ids = [[WORDS.index(word) for word in caption] for caption in captions]
+    ids = [[WORDS.index(word) for word in text] for text in captions]
     return pictures, torch.stack([name_patches(scene) for scene in scenes]), ids
 
 
@@ -304,39 +286,29 @@ class DecoderTraining(nn.Module):
         return F.cross_entropy(logits, targets), {"right": (logits.argmax(-1) == targets).float().mean().item()}
 
 
-def patch_words(scene: world.Scene, rng: random.Random) -> list[list[tuple[str, float]]]:
-    """For each patch, the words for what is in its cell, and for the cell, with their weights.
-
-    To each colour and each shape, a random one is mixed in, with a weight below a half. The decoder thereby learns to
-    ignore the weaker word: a red triangle that looks slightly blue is still a red triangle.
-    """
-    things = {}
-    for thing in scene:
-        a, b = 0.5 * rng.random(), 0.5 * rng.random()
-        words = [(thing.colour, 1 - a), (thing.shape, 1 - b), (thing.size, 1.0)]
-        words += [(rng.choice(list(world.COLOURS)), a), (rng.choice(world.SHAPES), b)]
-        things[thing.row, thing.column] = words
-    empty = 3 * [("nothing", 1.0)] + 2 * [("nothing", 0.0)]  # as many words as for a thing
-    return [[*things.get(cell, empty), (world.ROWS[cell[0]], 1.0), (world.COLUMNS[cell[1]], 1.0)] for cell in cells()]
-
-
 def decoder_batch(
     step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
 ) -> tuple[list[tuple[list[int], list[bool]]], Tensor]:
-    """Conversations about scenes, and the words of the scenes' patches.
+    """Conversations about scenes, some bare captions as in stage "align", and the words of the scenes' patches.
 
-    In the first seventh of the training, guessing fails: there are always three things, no two share a colour or a
-    shape, and all questions but the lists of numbers are about one of them. Wordings are plain at first, and later more
-    and more often the known ones.
+    At first, guessing fails: there are always three things, no two share a colour or a shape, and all questions but the
+    exercises are about one of them. Wordings are plain, and later more and more often the known ones. In between,
+    exercises are four times as frequent as at the end.
     """
     rng, rows, patches, progress = random.Random(f"decoder/{args.seed}/{step}"), [], [], step / args.steps
-    early = progress < 0.14
+    early = progress < 0.075
+    families = [*ATTRIBUTES, "details", "naming", "facts"] if early else talk.FAMILIES
+    if not early and progress < 7.5 / 17:
+        families = [*families, *3 * ["facts"]]
     for _ in range(args.batch):
         scene = world.make_scene(rng, 3, distinct=True) if early else talk.make_scene(rng)
-        families = [*ATTRIBUTES, "details", "naming", "facts"] if early else None
-        turns = talk.converse(scene, rng, 8, families, plain=rng.random() > 2 * progress - 0.4)
+        turns = talk.converse(scene, rng, 8, families, plain=rng.random() > (progress - 0.13) / 0.32)
         (question, answer), *rest = conversation(turns, rng)
         ids, learned = tokenizer.encode_chat([(f"{IMAGE_TOKEN}\n{question}", answer), *rest], "")
+        if not early and rng.random() < 0.06:
+            text = tokenizer.encode(caption(scene), add_special_tokens=False)
+            ids = [tokenizer.bos_token_id, tokenizer.image_token_id, *text, tokenizer.eos_token_id]
+            learned = [False, False, *len(text) * [True], True]
         image = ids.index(tokenizer.image_token_id)
         words = [[(tokenizer.encode(word)[-1], w) for word, w in patch] for patch in patch_words(scene, rng)]
         ids[image : image + 1], learned[image : image + 1] = len(words) * ids[image : image + 1], len(words) * [False]
@@ -354,7 +326,7 @@ def train_decoder(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
 
 
 def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
-    """Writes the checkpoint that stage "align" starts from."""
+    """Writes the checkpoint that stage "instruct" starts from."""
     torch.manual_seed(args.seed)
     text = text_config(tokenizer.pad_token_id + 1, LAYERS)
     config = LlavaConfig(VISION, text, tokenizer.image_token_id, pad_token_id=tokenizer.pad_token_id)
@@ -364,6 +336,15 @@ def join(args: argparse.Namespace, tokenizer: LlamaTokenizer) -> None:
         weights = torch.load(args.output / f"{part}.state")["model"]
         kept |= {name: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     model.load_state_dict(kept)
+    tower = TowerTraining()
+    tower.load_state_dict(torch.load(args.output / "tower.state")["model"])
+    looks = [(talk.make_scene(rng), world.random_look(rng)) for rng in [random.Random(f"join/{i}") for i in range(64)]]
+    pictures = PICTURES([world.draw(scene, random.Random(0), look) for scene, look in looks])
+    features = tower.vision_tower(pictures, [-2], "default").flatten(0, 1)
+    words = [word for values in NAMES for word in values]
+    embeddings = model.language_model.model.embed_tokens(torch.tensor([tokenizer.encode(word)[-1] for word in words]))
+    weights = torch.tensor([{"nothing": 3.0, "blob": 0.0}.get(word, 1.0) for word in words])  # as in ideal pictures
+    say_names(model.multi_modal_projector, tower.namer, features, embeddings * weights[:, None])
     base = args.output / "base"
     model.save_pretrained(base)
     copy_processor_files(args.output, base)

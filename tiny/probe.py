@@ -16,7 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import world
-from pretrain import NAMES, PICTURES, TowerTraining, name_patches
+from naming import NAMES, name_patches
+from pretrain import PICTURES, TowerTraining
 
 UNSEEN = [(NAMES[0].index(colour), NAMES[1].index(shape)) for colour, shape in world.HELD_OUT]
 

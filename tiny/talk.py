@@ -15,7 +15,7 @@ import ask_scene
 import ask_thing
 import world
 from phrases import ATTRIBUTES, Turn
-from wordings import Voice
+from wordings import SYNONYMS, Voice
 
 ASKS: dict[str, Callable[[world.Scene, Voice], Turn | None]] = {
     "side": ask_thing.ask_side,
@@ -39,12 +39,22 @@ FAMILIES = [*ATTRIBUTES, *ASKS, "follow-up"]
 # How often a family is asked in conversations; the others: 1. Captions have many words; counting takes long to learn.
 WEIGHTS = {
     **dict.fromkeys(["caption", "details"], 0.4),
-    **dict.fromkeys([*ATTRIBUTES, "side"], 0.6),
-    **dict.fromkeys(["verify", "outside", "two steps", "follow-up"], 1.4),
-    **dict.fromkeys(["relation", "comparison", "existence"], 1.8),
-    **dict.fromkeys(["count", "quantity", "list"], 2.5),
+    **dict.fromkeys([*ATTRIBUTES, "side", "presupposition"], 0.6),
+    **dict.fromkeys(["verify", "outside", "follow-up"], 1.4),
+    **dict.fromkeys(["relation", "existence"], 1.8),
+    **dict.fromkeys(["comparison", "quantity", "list"], 2.5),
+    "count": 3.0,
 }
-LIKE = 0.25  # the share of training scenes with things that are alike
+LIKE = 0.4  # the share of training scenes with things that are alike
+# If the colours of things have no name (world.SHAPES_ALONE), or the shapes (COLOURS_ALONE), conversations mention none.
+# They use the families whose answers stay balanced then.
+FAMILIES_ALONE = [*ATTRIBUTES, "side", "verify", "choice", "existence", "two steps", "presupposition", "follow-up"]
+UNMENTIONED = {
+    "some": ["some", "colour", "color", *world.COLOURS, *ask_thing.OTHER_COLOURS],
+    "blob": ["blob", "shape", "form", "geometric", *world.SHAPES],
+}
+for words in UNMENTIONED.values():
+    words += [synonym for word in words for synonym in SYNONYMS.get(word, [])]
 
 
 def make_scene(rng: random.Random) -> world.Scene:
@@ -65,13 +75,18 @@ def ask(family: str, scene: world.Scene, voice: Voice) -> list[Turn]:
 def converse(
     scene: world.Scene, rng: random.Random, number: int, families: Sequence[str] | None = None, plain: bool = False
 ) -> list[Turn]:
-    """A conversation of about `number` turns, in plain wordings or in all known ones."""
-    families = families or FAMILIES
+    """A conversation of about `number` turns, in plain wordings or in all known ones.
+
+    It mentions no colours, or no shapes, if those of the things have no name; and has no typos, which might hide one.
+    """
+    never = [word for name in scene[0][:2] for word in UNMENTIONED.get(name, [])]
+    families = families or (FAMILIES_ALONE if never else FAMILIES)
     weights = [WEIGHTS.get(family, 1) for family in families]
-    voice = Voice(rng, plain=plain)
+    voice = Voice(rng, plain=plain, typos=0.0) if never else Voice(rng, plain=plain)
     turns: list[Turn] = []
     while len(turns) < number:
         asked = [turn.question for turn in turns]
-        new = ask(rng.choices(families, weights)[0], scene, voice)
-        turns += [] if any(turn.question in asked for turn in new) else new  # for a follow-up, `new` is two turns
+        new = ask(rng.choices(families, weights)[0], scene, voice)  # for a follow-up, two turns
+        mentioned = any(word in text.lower() for word in never for turn in new for text in turn)
+        turns += [] if mentioned or any(turn.question in asked for turn in new) else new
     return turns

@@ -40,7 +40,7 @@ CELLS = [f"{row} {column}" if row != "middle" or column != "centre" else "centre
 COMBINATIONS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 HELD_OUT = [("red", "star"), ("blue", "triangle"), ("yellow", "square")]
 KNOWN = [pair for pair in COMBINATIONS if pair not in HELD_OUT]
-# Only for the tower's pretraining: shapes of any colour, and colours without a shape
+# Shapes of any colour, and colours without a shape: for training only, and never with a name for what is missing
 SHAPES_ALONE = [("some", shape) for shape in SHAPES]
 COLOURS_ALONE = [(colour, "blob") for colour in COLOURS]
 # Only for the tokenizer, in which each is one piece, and the decoder's pretraining: colours and shapes nobody can draw
