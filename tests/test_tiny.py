@@ -183,16 +183,15 @@ def test_some_training_scenes_have_things_without_a_colour_or_without_a_shape(tr
 
 def test_the_exercise_in_counting_asks_for_what_is_alike():
     """Otherwise two circles beside a star would be among thirty kinds of things to count."""
-    found = counted = 0
+    found = 0
     for i in range(300):
         rng = random.Random(f"numbers/{i}")
         scene = world.make_like(rng)
         alike = {str(kind) for kind in ask_scene.shared_kinds(scene)}
         words = ask_exercise.ask_numbers(scene, Voice(rng)).short.split(", ")
         found += any(f"{kind.removesuffix(' object')} {count}" in words for kind in alike for count in ("two", "three"))
-        counted += 1
-    print(f"{found} of {counted}")
-    assert found > 0.6 * counted
+    print(f"{found} of 300")
+    assert found > 180
 
 
 def test_made_up_words_join_the_world_temporarily():

@@ -289,7 +289,7 @@ class DecoderTraining(nn.Module):
 def decoder_batch(
     step: int, args: argparse.Namespace, tokenizer: LlamaTokenizer
 ) -> tuple[list[tuple[list[int], list[bool]]], Tensor]:
-    """Conversations about scenes, some bare captions as in stage "align", and the words of the scenes' patches.
+    """Conversations about scenes, some bare captions, and the words of the scenes' patches.
 
     At first, guessing fails: there are always three things, no two share a colour or a shape, and all questions but the
     exercises are about one of them. Wordings are plain, and later more and more often the known ones. In between,
