@@ -3,7 +3,7 @@
     python tiny/pretrain.py tokenizer --output FOLDER   a SentencePiece BPE, trained on the world's texts
     python tiny/pretrain.py tower     --output FOLDER   a CLIP vision tower, trained on pictures with short texts
     python tiny/pretrain.py decoder   --output FOLDER   a Llama decoder, trained on conversations about ideal pictures
-    python tiny/pretrain.py join      --output FOLDER   a checkpoint of these, with an untrained projector
+    python tiny/pretrain.py join      --output FOLDER   a checkpoint of these, with a computed projector
 
 Every step generates new pictures and texts, so no sample is seen twice. Tower and decoder training save their state
 regularly. The same command resumes an interrupted run, with the results of an uninterrupted one.
