@@ -14,6 +14,7 @@ from pathlib import Path
 import ask_exercise
 import ask_scene
 import ask_thing
+import build
 import make_data
 import naming
 import phrases
@@ -456,6 +457,19 @@ def test_join_copies_the_pretrained_weights_into_a_checkpoint(tmp_path):
             assert torch.equal(joined.get_parameter(name), trained[name])
     inputs = processor(Image.new("RGB", (96, 96)), "USER: <image>\nDescribe the picture. ASSISTANT:")
     assert joined(**inputs).logits.isfinite().all()
+
+
+def test_average_writes_a_complete_checkpoint_with_the_mean_of_the_weights(tmp_path):
+    for name, value in [("first", 1.0), ("second", 4.0)]:
+        model = LlavaForConditionalGeneration.from_pretrained(MODEL)
+        for parameter in model.parameters():
+            nn.init.constant_(parameter, value)
+        model.save_pretrained(tmp_path / name)
+        pretrain.copy_processor_files(MODEL, tmp_path / name)
+    build.average([tmp_path / "first", tmp_path / "second"], tmp_path / "mean")
+    mean, _ = (kind.from_pretrained(tmp_path / "mean") for kind in (LlavaForConditionalGeneration, LlavaProcessor))
+    assert all((parameter == 2.5).all() for parameter in mean.parameters())
+    assert read_json(tmp_path / "mean" / "config.json")["dtype"] == "float16"
 
 
 # The model

@@ -12,22 +12,27 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from extras.saving import copy_processor_files
 from extras.terminal import command_line
+from llava import LlavaForConditionalGeneration
 
 SEED = 0
-SCENES, TEST_SCENES = 9600, 800
+SCENES, TEST_SCENES = 32_000, 800
+SEEDS = [SEED, SEED + 1]  # of the runs of stage instruct, each with its own data
 TOWER_STEPS, DECODER_STEPS = 5000, 17_000
 BESIDE = 3000  # decoder steps on one core while the other trains the tower
 CURVES = {  # title: (CSV file, column)
     "tower: naming what is in each patch": ("tower.csv", "naming"),
     "decoder: conversations about ideal pictures": ("decoder.csv", "loss"),
-    "instruct: conversations": ("trained/loss.csv", "loss"),
+    "instruct: conversations": ("instruct-0/loss.csv", "loss"),
 }
 
 
@@ -44,6 +49,16 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
     if any(failed):
         sys.exit("build.py: a step failed; fix the cause, then resume with the same command")
     print(f"build.py: {(time.perf_counter() - start) / 60:.1f} minutes", file=sys.stderr)
+
+
+@torch.no_grad()
+def average(folders: Sequence[Path], output: Path) -> None:
+    """Writes a checkpoint with the means of other checkpoints' weights, in float16 ("model soup", arXiv 2203.05482)."""
+    models = [LlavaForConditionalGeneration.from_pretrained(folder) for folder in folders]
+    for parameters in zip(*(model.parameters() for model in models), strict=True):
+        parameters[0].copy_(torch.stack(parameters).mean(0))
+    models[0].half().save_pretrained(output)
+    copy_processor_files(folders[0], output)
 
 
 def draw_curves(folder: Path) -> None:
@@ -66,16 +81,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="build.py", description="Builds the built-in model from scratch.")
     parser.add_argument("--folder", required=True, type=Path, help="folder for all output, about 1 GB")
     args = parser.parse_args()
-    folder, data, test = args.folder, args.folder / "data", args.folder / "test"
-    tiny = ROOT / "tiny"
+    folder, test, tiny = args.folder, args.folder / "test", ROOT / "tiny"
 
     def finished(name: str) -> bool:
         return (folder / name).exists()
 
     tokenizer = [tiny / "pretrain.py", "tokenizer", "--output", folder]
-    pictures = [tiny / "make_data.py", "train", "--output", data, "--scenes", SCENES, "--seed", SEED]
     # make_data.py writes the conversations last
-    run(1, tokenizer, *([] if finished("data/conversations.json") else [pictures]))
+    missing = [seed for seed in SEEDS if not finished(f"data-{seed}/conversations.json")]
+    data = [tiny / "make_data.py", "train", "--scenes", SCENES, "--output"]
+    run(1, tokenizer, *([*data, folder / f"data-{seed}", "--seed", seed] for seed in missing))
     tower = [tiny / "pretrain.py", "tower", "--output", folder, "--steps", TOWER_STEPS, "--seed", SEED]
     decoder = [tiny / "pretrain.py", "decoder", "--output", folder, "--steps", DECODER_STEPS]
     decoder += ["--batch", 16, "--seed", SEED]
@@ -83,13 +98,17 @@ def main() -> None:
     run(2, decoder)
     if not finished("base/preprocessor_config.json"):
         run(1, [tiny / "pretrain.py", "join", "--output", folder])
-    if not finished("trained/loss.png"):
-        command = [ROOT / "train.py", "--stage", "instruct", "--model", folder / "base", "--output", folder / "trained"]
-        command += ["--data", data / "conversations.json", "--images", data, "--system", "", "--device", "cpu"]
-        command += ["--epochs", 1, "--batch", 16, "--micro-batch", 8, "--learning-rate", 5e-4, "--save-every", 250]
-        run(2, [*command, "--seed", SEED])
+    instruct = [ROOT / "train.py", "--stage", "instruct", "--model", folder / "base", "--system", "", "--device", "cpu"]
+    instruct += ["--epochs", 1, "--batch", 16, "--micro-batch", 8, "--learning-rate", 1e-3, "--save-every", 250]
+    runs = []
+    for seed in SEEDS:
+        if not finished(f"instruct-{seed}/loss.png"):
+            images, output = folder / f"data-{seed}", folder / f"instruct-{seed}"
+            files = ["--data", images / "conversations.json", "--images", images, "--output", output]
+            runs.append([*instruct, *files, "--seed", seed])
+    run(1, *runs)
     if not finished("model/preprocessor_config.json"):
-        run(2, [ROOT / "llava.py", "--model", folder / "trained", "--dtype", "float16", "--save", folder / "model"])
+        average([folder / f"instruct-{seed}" for seed in SEEDS], folder / "model")
     if not finished("test/visitors later.jsonl"):  # the last file that make_data.py writes
         run(1, [tiny / "make_data.py", "test", "--output", test, "--scenes", TEST_SCENES, "--seed", SEED])
     run(2, [tiny / "score.py", "--model", folder / "model", "--test", test, "--out", folder / "scores.md"])

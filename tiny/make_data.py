@@ -1,12 +1,12 @@
 """Writes the small world to files: pictures and conversations for train.py, pictures and questions for evaluate.py.
 
-    python tiny/make_data.py train --output FOLDER --scenes 9600
+    python tiny/make_data.py train --output FOLDER --scenes 32000
     python tiny/make_data.py test  --output FOLDER --scenes 800
 
 FOLDER/pictures/000000.png ...   96 x 96 pixels
 
 "train" also writes, in LLaVA's format:
-FOLDER/conversations.json        two conversations about each scene (stage instruct)
+FOLDER/conversations.json        a conversation about each scene (stage instruct)
 
 "test" also writes, each with another file NAME-sentence.jsonl whose answers are sentences:
 FOLDER/FAMILY.jsonl              a question about each picture, with its answer in one word or phrase
@@ -41,7 +41,8 @@ from extras.files import read_json, write_atomically
 from tokenizer import SHORT_ANSWER
 
 TURNS = 7  # per conversation, approximately
-FAMILIES = [*talk.FAMILIES, "list", "relation", "choice", "follow-up"]  # these, twice as often as in pretraining
+# Asked twice as often as in pretraining
+MORE = ["list", "relation", "choice", "follow-up", "outside", "presupposition"]
 # Of 20 training scenes, three have shapes of any colour, and one has colours without a shape
 ALONE = {0: world.COLOURS_ALONE, **dict.fromkeys([5, 10, 15], world.SHAPES_ALONE)}
 TESTS = Path(__file__).parents[1] / "tests"
@@ -89,9 +90,8 @@ def make_training(folder: Path, scenes: int, seed: int) -> None:
         known = ALONE.get(i % 20)
         scene = world.make_scene(rng, known=known) if known else talk.make_scene(rng)
         draw(scene, rng, folder / picture_name(i))
-        for _ in range(2):
-            turns = talk.converse(scene, rng, TURNS, None if known else FAMILIES)
-            conversations.append(entry(i, conversation(turns, rng)))
+        turns = talk.converse(scene, rng, TURNS, None if known else [*talk.FAMILIES, *MORE])
+        conversations.append(entry(i, conversation(turns, rng)))
     write_atomically(folder / "conversations.json", partial(Path.write_text, data=json.dumps(conversations)))
 
 
