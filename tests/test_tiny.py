@@ -472,6 +472,13 @@ def test_average_writes_a_complete_checkpoint_with_the_mean_of_the_weights(tmp_p
     assert read_json(tmp_path / "mean" / "config.json")["dtype"] == "float16"
 
 
+def test_a_failing_step_of_the_build_stops_the_one_beside_it(tmp_path):
+    slow = f"import time; time.sleep(60); open({str(tmp_path / 'late')!r}, 'w')"
+    with pytest.raises(SystemExit, match="a step failed"):
+        build.run(1, ["-c", slow], ["-c", "raise SystemExit(3)"])
+    assert not (tmp_path / "late").exists()
+
+
 # The model
 
 

@@ -37,7 +37,10 @@ CURVES = {  # title: (CSV file, column)
 
 
 def run(threads: int, *commands: list[str | Path | int]) -> None:
-    """Runs commands in parallel, with `threads` threads each, and waits for all of them. A failure ends the build."""
+    """Runs commands in parallel, with `threads` threads each, and waits for all of them.
+
+    If one of them fails, the others are stopped, and the build ends.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     start = time.perf_counter()
     running = []
@@ -45,8 +48,11 @@ def run(threads: int, *commands: list[str | Path | int]) -> None:
         line = [sys.executable, *map(str, command)]
         print("build.py:", *line[1:], file=sys.stderr)
         running.append(subprocess.Popen(line, env=environment))
-    failed = [process.wait() for process in running]
-    if any(failed):
+    while None in (codes := [process.poll() for process in running]) and not any(codes):
+        time.sleep(0.5)
+    for process in running:
+        process.terminate()
+    if any([process.wait() for process in running]):
         sys.exit("build.py: a step failed; fix the cause, then resume with the same command")
     print(f"build.py: {(time.perf_counter() - start) / 60:.1f} minutes", file=sys.stderr)
 
