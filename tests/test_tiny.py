@@ -31,6 +31,7 @@ from wordings import Voice
 
 import evaluate
 from extras.files import read_json
+from extras.saving import copy_processor_files
 from llava import LlavaConfig, LlavaForConditionalGeneration, LlavaMultiModalProjector, LlavaProcessor
 from tokenizer import SHORT_ANSWER
 
@@ -465,7 +466,7 @@ def test_average_writes_a_complete_checkpoint_with_the_mean_of_the_weights(tmp_p
         for parameter in model.parameters():
             nn.init.constant_(parameter, value)
         model.save_pretrained(tmp_path / name)
-        pretrain.copy_processor_files(MODEL, tmp_path / name)
+        copy_processor_files(MODEL, tmp_path / name)
     build.average([tmp_path / "first", tmp_path / "second"], tmp_path / "mean")
     mean, _ = (kind.from_pretrained(tmp_path / "mean") for kind in (LlavaForConditionalGeneration, LlavaProcessor))
     assert all((parameter == 2.5).all() for parameter in mean.parameters())
